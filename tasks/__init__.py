@@ -1,0 +1,1 @@
+"""The training tasks, one folder each; scripts call them, and they call the library."""

@@ -1,0 +1,1 @@
+"""Machine translation: Transformer-base's family on parallel text, trained with Batch Augmentation."""
