@@ -83,12 +83,9 @@ class RandomCall:
         return torch.device(self.kwargs.get("device") or "cpu")
 
     @property
-    def dropout(self) -> float | None:
+    def dropout(self) -> float:
         """The probability of zeroing, of operations that hold one (fused attention, cuDNN)."""
-        for argument, value in zip(self.func._schema.arguments, self.args, strict=False):
-            if argument.name in ("dropout_p", "dropout"):
-                return float(value)
-        return self.kwargs.get("dropout_p", self.kwargs.get("dropout"))
+        return float(self._argument("dropout_p", "dropout"))
 
     def takes_generator(self) -> bool:
         """Whether this overload has a `generator` argument."""
@@ -96,10 +93,7 @@ class RandomCall:
 
     def own_generator(self) -> torch.Generator | None:
         """The generator that the model itself passed, if any."""
-        for argument, value in zip(self.func._schema.arguments, self.args, strict=False):
-            if argument.name == "generator":
-                return value
-        return self.kwargs.get("generator")
+        return self._argument("generator")
 
     def run(self, generator: torch.Generator | None = None) -> Any:
         """Run the operation whole."""
@@ -135,6 +129,15 @@ class RandomCall:
             home = whole.narrow(self.row_dim, start, drawn.shape[self.row_dim])
             if home.data_ptr() != drawn.data_ptr():
                 home.copy_(drawn)
+
+    def _argument(self, *names: str) -> Any:
+        """The value of the first argument with one of these names, given or by default; None without any."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name in names:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(argument.name, argument.default_value)
+        return None
 
     def _first_tensor(self) -> Tensor | None:
         values = (*self.args, *self.kwargs.values())

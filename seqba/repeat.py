@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -29,9 +30,9 @@ def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: i
     Args:
         batch: a tensor, or any nesting of mappings (`dict`, `BatchEncoding`, `ModelOutput` ...), dataclasses,
             tuples and lists of tensors with B samples along `dim`, e.g. `input_ids` (B, S). A list of B items
-            that are not such tensors (strings, numbers, per-sample dictionaries) is repeated as a list.
-            Scalars, strings and None are left as they are. A tensor with fewer than `dim` + 1 axes is
-            repeated along its last one (`lengths` (B,) beside a time-major (T, B)).
+            that are not such tensors (strings, numbers, per-sample dictionaries) is repeated as a list, and numpy
+            arrays are repeated like tensors. Scalars, strings and None are left as they are. A tensor with
+            fewer than `dim` + 1 axes is repeated along its last one (`lengths` (B,) beside a time-major (T, B)).
         num_copies: M, at least 1.
         dim: the sample axis; 1 for the (T, B) streams of a stateful language model.
         num_samples: B; found from `input_ids` or `labels` where it is not given, and where neither exists from
@@ -52,7 +53,7 @@ def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: i
     if isinstance(num_copies, bool) or not isinstance(num_copies, int) or num_copies < 1:
         raise ValueError(f"num_copies must be an integer of at least 1, got {num_copies!r}")
     if num_samples is None:
-        num_samples = _count_samples(batch, dim)
+        num_samples = count_samples(batch, dim)
     return _Repeater(num_copies, dim, num_samples).visit(batch, "batch")
 
 
@@ -101,9 +102,16 @@ def copy_ids(num_copies: int, num_samples: int, *, device: torch.device | str | 
     return torch.arange(num_copies, device=device).repeat_interleave(num_samples)
 
 
-def _count_samples(batch: object, dim: int) -> int | None:
-    """B: from `input_ids` or `labels` wherever they stand, else the one size that all tensors share."""
-    named, sizes = None, {}
+def count_samples(batch: object, dim: int = 0) -> int | None:
+    """B: the size of `input_ids` or `labels` along `dim` wherever they stand, else the size that all tensors share.
+
+    None where the batch holds no tensor with an axis.
+
+    >>> count_samples({"input_ids": torch.zeros(3, 5), "weight": torch.tensor(1.0)})
+    3
+    """
+    named: int | None = None
+    sizes: dict[int, str] = {}
     for path, leaf in _tensor_leaves(batch, "batch"):
         size = leaf.shape[min(dim, leaf.ndim - 1)]
         if path.rsplit(".", 1)[-1] in _SIZE_KEYS and leaf.ndim > dim:
@@ -118,6 +126,17 @@ def _count_samples(batch: object, dim: int) -> int | None:
             "labels to go by, so pass num_samples"
         )
     return next(iter(sizes), None)
+
+
+def largest_tensor(batch: object) -> tuple[int, int]:
+    """How large a batch is: the numbers in its largest tensor, and the longest side of any.
+
+    >>> largest_tensor({"input_ids": torch.zeros(3, 5), "labels": torch.zeros(2, 7)})
+    (15, 7)
+    """
+    leaves = [leaf for _, leaf in _tensor_leaves(batch, "batch")]
+    sides = [side for leaf in leaves for side in leaf.shape]
+    return max((leaf.numel() for leaf in leaves), default=0), max(sides, default=0)
 
 
 def _tensor_leaves(x: Any, path: str) -> list[tuple[str, Tensor]]:
@@ -150,6 +169,8 @@ class _Repeater:
     def visit(self, x: Any, path: str) -> Any:
         if isinstance(x, Tensor):
             return self.tensor(x, path) if _has_rows(x) else x
+        if isinstance(x, np.ndarray) and x.ndim:
+            return self.tensor(torch.from_numpy(x), path).numpy()
         if isinstance(x, PackedSequence):
             raise TypeError(f"{path} is a PackedSequence, whose rows are interleaved in time; repeat before packing")
         if isinstance(x, (list, tuple)) and not self.is_container(x):
@@ -207,10 +228,10 @@ class _Repeater:
         if isinstance(x, Mapping):
             return type(x)(zip(x, values, strict=True))  # type: ignore[call-arg]
         if dataclasses.is_dataclass(x):
-            new = copy.copy(x)
+            same = copy.copy(x)
             for field, value in zip(dataclasses.fields(x), values, strict=True):
-                object.__setattr__(new, field.name, value)
-            return new
+                object.__setattr__(same, field.name, value)
+            return same
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
 
     def rebuild_encodings(self, x: Any) -> None:

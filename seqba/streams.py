@@ -146,12 +146,13 @@ class _CopyStreams(RandomOps):
                 f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
                 "all copies, wrap it in `with seqba.shared_draws():`, else train without reproducible copies"
             )
-        if len(self.copies) == 1:
-            return self.draw(call, _mix(key, self.copies[0]))
         return self.draw_blocks(call, key)
 
     def draw_blocks(self, call: RandomCall, key: int) -> Any:
-        """One block of rows after the other, each from its own copy's stream."""
+        """One block of rows after the other, each from its own copy's stream.
+
+        Blocks are drawn contiguous, one copy alone too: kernels fill other layouts in another order.
+        """
         rows = self.rows_of_a_copy(call)
         results = []
         for block, copy in enumerate(self.copies):
@@ -161,6 +162,8 @@ class _CopyStreams(RandomOps):
             call.write_back(part, start)
         if any(argument.alias_info is not None for argument in call.func._schema.arguments[:1]):
             return call.args[0]
+        if len(results) == 1:
+            return results[0]
         if isinstance(results[0], torch.Tensor):
             return torch.cat(results, dim=call.row_dim)
         return tuple(torch.cat(parts, dim=call.row_dim) for parts in zip(*results, strict=True))
@@ -168,6 +171,8 @@ class _CopyStreams(RandomOps):
     def rows_of_a_copy(self, call: RandomCall) -> int:
         size = call.shape[call.row_dim] if len(call.shape) > call.row_dim else 0
         num_copies = len(self.copies)
+        if num_copies == 1:
+            return size
         unit = num_copies * (self.num_samples or 1)
         if call.packed or size == 0 or (size != num_copies and size % unit):
             samples = f" of {self.num_samples} samples" if self.num_samples else ""
