@@ -1,0 +1,331 @@
+import json
+import os
+import pickle
+import random
+import shutil
+import unicodedata
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import sentencepiece
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, MarianTokenizer
+
+from seqba import repeat_batch
+from tasks.translation import data as data_module
+from tasks.translation.data import (
+    IGNORE_INDEX,
+    LineEncoder,
+    TokenPairs,
+    TranslationCollator,
+    encode_pairs,
+    lengths,
+)
+from tasks.translation.text import DROP_REASONS, DataError, ParallelText, read_lines, read_parallel
+from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+
+DATA = Path(os.environ.get("SEQBA_DATA", ""))
+needs_data = pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of corpora")
+
+WORDS = ["dog", "cat", "house", "tree", "river", "mountain", "child", "teacher", "window", "garden"]
+WÖRTER = ["Hund", "Katze", "Haus", "Baum", "Fluß", "Berg", "Kind", "Lehrer", "Fenster", "Gärten"]
+TEXT = ParallelText(
+    [f"the {a} sees the {b} ." for a in WORDS for b in WORDS],
+    [f"{a} {'sieht heute ' * (n % 5)}{b} ." for n, a in enumerate(WÖRTER) for b in WÖRTER],
+)
+FRAGMENTS = (
+    *("<pad>", "</s>", "<unk>", ">>de<<", ">>", "<<", "<0x41>", "</", " ", "  ", "\t", "\n", "\x85", "\u2028", "\0"),
+    *("a", "dog", "Hund", "é", "e\u0301", "ﬁ", "…", "🙂", "漢", "\u2581", "\u2585", "\ufeff", "\u200b", "\u3000"),
+)
+
+
+def odd_lines(count):
+    """Every fragment alone, and random chains of them."""
+    draw = random.Random(3)
+    chains = ["".join(draw.choices(FRAGMENTS, k=draw.randrange(2, 7))) for _ in range(count)]
+    return ["", *FRAGMENTS, *chains]
+
+
+def rows(encoded):
+    return [row.tolist() for row in np.split(encoded.values, np.cumsum(encoded.lengths)[:-1])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(train_tokenizer(TEXT, 340, tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer, tmp_path_factory):
+    return encode_pairs(TEXT, tokenizer, cache_dir=tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | dict.fromkeys(
+        ("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"), 4
+    )
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=pad,
+        eos_token_id=eos,
+        forced_eos_token_id=eos,
+        decoder_start_token_id=pad,
+        **sizes,
+    )
+    return MarianMTModel(config)
+
+
+@pytest.fixture(scope="module")
+def shuffled_vocabulary(tmp_path_factory):
+    """As the OPUS-MT tokenizers are: vocab.json in its own order, with holes, and characters no piece has."""
+    folder = tmp_path_factory.mktemp("opus")
+    options = {"model_type": "bpe", "vocab_size": 60, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.source), model_prefix=str(folder / "m"), **options
+    )
+    shutil.copy(folder / "m.model", folder / "source.spm")
+    shutil.copy(folder / "m.model", folder / "target.spm")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
+    pieces = ["<pad>", "</s>", *(model.id_to_piece(i) for i in range(5, 60)), "<unk>", "é", ">>de<<"]
+    random.Random(0).shuffle(pieces)
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("is_target", [False, True])
+@pytest.mark.parametrize("which", ["tokenizer", "shuffled_vocabulary", "with_added_token"])
+def test_ids_are_those_of_the_tokenizer_on_odd_lines(request, which, is_target, tokenizer, tmp_path):
+    if which == "with_added_token":
+        tokenizer.save_pretrained(tmp_path)
+        chosen = load_tokenizer(tmp_path)
+        chosen.add_tokens(["Hund", "▁dog"])
+    else:
+        chosen = request.getfixturevalue(which)
+    lines = odd_lines(400)
+    wanted = chosen(text_target=lines) if is_target else chosen(lines)
+    encode = LineEncoder(chosen, is_target=is_target)
+    assert rows(encode(lines)) == wanted["input_ids"]
+    assert rows(encode(TEXT.source)) == chosen(TEXT.source)["input_ids"]  # a chunk with nothing odd in it
+
+
+def test_columns_are_what_the_tokenizer_gives_for_source_and_target(encoded, tokenizer):
+    dataset, counts = encoded
+    wanted = tokenizer(TEXT.source, text_target=TEXT.target)
+    assert dataset["input_ids"][:] == wanted["input_ids"]
+    assert dataset["labels"][:] == wanted["labels"]
+    assert counts == {"empty": 0, "too_long": 0, "length_ratio": 0, "truncated": 0}
+
+
+def test_length_is_the_longer_side_with_eos(encoded):
+    dataset, _ = encoded
+    longer = [max(len(row["input_ids"]), len(row["labels"])) for row in dataset]
+    assert dataset["length"][:] == longer
+    assert lengths(dataset).tolist() == longer
+    assert lengths(dataset.select([7, 3])).tolist() == [longer[7], longer[3]]
+
+
+@pytest.mark.parametrize(("chunk", "num_proc"), [(7, 1), (100, 3), (7, 2)])
+def test_chunks_and_threads_do_not_change_the_result(encoded, tokenizer, tmp_path, monkeypatch, chunk, num_proc):
+    monkeypatch.setattr(data_module, "_CHUNK", chunk)
+    dataset, _ = encode_pairs(TEXT, tokenizer, cache_dir=tmp_path, num_proc=num_proc)
+    assert dataset[:] == encoded[0][:]
+    pairs, draw = TokenPairs(dataset), random.Random(1)
+    indices = [draw.randrange(len(TEXT)) for _ in range(300)]
+    assert [sample["labels"].tolist() for sample in pairs.__getitems__(indices)] == [
+        encoded[0][i]["labels"] for i in indices
+    ]
+
+
+def test_the_data_set_lives_in_a_file_and_samples_are_views_of_it(encoded):
+    dataset, _ = encoded
+    (file,) = dataset.cache_files
+    assert Path(file["filename"]).is_file()
+    before = pa.total_allocated_bytes()
+    sample = TokenPairs(dataset)[5]
+    assert pa.total_allocated_bytes() == before
+    assert not sample["labels"].flags.owndata
+    assert not sample["labels"].flags.writeable
+
+
+def test_equal_text_tokenizer_and_limit_are_not_encoded_again(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    first, counts = encode_pairs(TEXT, tokenizer, cache_dir=tmp_path / "pairs", max_length=12)
+    monkeypatch.setattr(LineEncoder, "__call__", None)
+    equal = ParallelText(list(TEXT.source), list(TEXT.target))
+    folder = tmp_path / "tokenizer"
+    again, counted = encode_pairs(equal, folder, cache_dir=tmp_path / "pairs", num_proc=2, max_length=12)
+    assert again.cache_files == first.cache_files
+    assert counted == counts
+
+
+def test_another_text_tokenizer_or_limit_is_encoded_anew(tokenizer, tmp_path):
+    larger = load_tokenizer(train_tokenizer(TEXT, 350, tmp_path / "tokenizer"))
+    files = [
+        encode_pairs(text, chosen, cache_dir=tmp_path / "pairs", **limit)[0].cache_files[0]["filename"]
+        for text, chosen, limit in (
+            (TEXT, tokenizer, {}),
+            (ParallelText(TEXT.target, TEXT.source), tokenizer, {}),
+            (TEXT, larger, {}),
+            (TEXT, tokenizer, {"max_length": 12}),
+            (TEXT, tokenizer, {"max_length": 12, "too_long": "truncate"}),
+        )
+    ]
+    assert len(set(files)) == len(files)
+    assert len(list((tmp_path / "pairs").iterdir())) == len(files)
+
+
+def test_an_interrupted_encoding_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "_record_batch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            encode_pairs(TEXT, tokenizer, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(encode_pairs(TEXT, tokenizer, cache_dir=tmp_path)[0]) == len(TEXT)
+
+
+def test_sides_without_a_piece_drop_their_pair_and_are_counted(tokenizer, tmp_path):
+    text = ParallelText(["the dog", "", "a cat", "\u200b\ufeff"], ["Hund", "Katze", " \t", "Haus"])
+    dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path)
+    assert dataset["input_ids"][:] == tokenizer(["the dog"])["input_ids"]
+    assert counts == {"empty": 3, "too_long": 0, "length_ratio": 0, "truncated": 0}
+
+
+@pytest.mark.parametrize("max_length", [6, 10, 15, 1_000])
+def test_pairs_over_the_limit_are_dropped_and_every_pair_is_accounted_for(encoded, tokenizer, tmp_path, max_length):
+    text = ParallelText([*TEXT.source, ""], [*TEXT.target, "Hund"])
+    whole = encoded[0]
+    short = [n for n, length in enumerate(lengths(whole)) if length <= max_length]
+    if not short:
+        with pytest.raises(DataError, match=r"no pair is left of 101: dropped 1 empty, 100 too_long"):
+            encode_pairs(text, tokenizer, cache_dir=tmp_path, max_length=max_length)
+        return
+    dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path, max_length=max_length)
+    assert dataset[:] == whole.select(short)[:]
+    assert counts["too_long"] == len(whole) - len(short)
+    assert len(dataset) + sum(counts[reason] for reason in DROP_REASONS) == len(text)
+
+
+@pytest.mark.parametrize("max_length", [2, 6, 10, 1_000])
+def test_truncated_sides_are_those_of_the_tokenizer_and_counted(encoded, tokenizer, tmp_path, max_length):
+    dataset, counts = encode_pairs(TEXT, tokenizer, cache_dir=tmp_path, max_length=max_length, too_long="truncate")
+    wanted = tokenizer(TEXT.source, text_target=TEXT.target, truncation=True, max_length=max_length)
+    assert dataset["input_ids"][:] == wanted["input_ids"]
+    assert dataset["labels"][:] == wanted["labels"]
+    assert counts["truncated"] == int((lengths(encoded[0]) > max_length).sum())
+
+
+def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"no pair is left of 1: dropped 1 empty"):
+        encode_pairs(ParallelText(["a"], [""]), tokenizer, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2.* got 1"),
+        ({"too_long": "cut"}, "too_long must be 'drop' or 'truncate', got 'cut'"),
+    ],
+)
+def test_impossible_options_are_refused(tokenizer, tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        encode_pairs(TEXT, tokenizer, cache_dir=tmp_path, **options)
+
+
+def test_separate_vocabularies_are_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "vocab.json", tmp_path / "target_vocab.json")
+    with pytest.warns(UserWarning, match="sacremoses"):
+        separate = MarianTokenizer.from_pretrained(
+            tmp_path, separate_vocabs=True, target_vocab_file=str(tmp_path / "target_vocab.json")
+        )
+    with pytest.raises(DataError, match="separate vocabularies; a joint one is needed"):
+        LineEncoder(separate, is_target=True)
+
+
+def test_samples_are_the_rows_of_the_data_set_also_after_a_selection_and_in_a_worker(encoded):
+    whole = encoded[0]
+    for dataset in (whole, whole.shuffle(seed=1).select(range(9, 2, -1)), whole.select(range(5, 50))):
+        pairs = TokenPairs(dataset)
+        assert len(pairs) == len(dataset)
+        for copy in (pairs, pickle.loads(pickle.dumps(pairs))):
+            for sample, row in zip(copy, dataset, strict=True):
+                assert {name: ids.tolist() for name, ids in sample.items()} == {
+                    name: row[name] for name in ("input_ids", "labels")
+                }
+
+
+def test_a_sample_that_does_not_exist_is_refused(encoded):
+    pairs = TokenPairs(encoded[0])
+    for indices in ([0, 100], [-1]):
+        with pytest.raises(IndexError, match=r"must lie in \[0, 100\)"):
+            pairs.__getitems__(indices)
+    assert pairs.__getitems__([]) == []
+
+
+def test_a_data_loader_takes_batches_of_any_size(encoded):
+    batches = [[4, 2, 99], [0], [7, 7]]
+    loader = DataLoader(TokenPairs(encoded[0]), batch_sampler=batches, collate_fn=TranslationCollator(0, 0))
+    for indices, batch in zip(batches, loader, strict=True):
+        for n, i in enumerate(indices):
+            assert batch["labels"][n][batch["labels"][n] != IGNORE_INDEX].tolist() == encoded[0][i]["labels"]
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, model, multiple):
+    collate = TranslationCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id, multiple)
+    reference = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=multiple)
+    pairs = TokenPairs(encoded[0])
+    for indices in ([0], [3, 41], list(range(0, 100, 7))):
+        rows = encoded[0].select_columns(["input_ids", "labels"]).select(indices).to_list()
+        wanted = reference(rows)
+        for samples in (pairs.__getitems__(indices), rows):
+            got = collate(samples)
+            assert got.keys() == wanted.keys()
+            for name, x in got.items():
+                torch.testing.assert_close(x, wanted[name], rtol=0, atol=0)
+
+
+@pytest.mark.trap(35)
+@pytest.mark.parametrize("num_copies", [1, 3])
+def test_the_decoder_inputs_exist_and_every_tensor_is_repeated(encoded, model, num_copies):
+    start = model.config.decoder_start_token_id
+    batch = TranslationCollator(model.config.pad_token_id, start)(TokenPairs(encoded[0]).__getitems__([1, 30]))
+    repeated = repeat_batch(batch, num_copies)
+    assert set(repeated) == {"input_ids", "attention_mask", "labels", "decoder_input_ids"}
+    assert {len(x) for x in repeated.values()} == {2 * num_copies}
+    shifted = model.prepare_decoder_input_ids_from_labels(repeated["labels"])
+    torch.testing.assert_close(repeated["decoder_input_ids"], shifted)
+    assert model(**repeated).logits.shape[:2] == repeated["labels"].shape
+
+
+@needs_data
+def test_ids_are_those_of_the_tokenizer_on_real_lines(tmp_path):
+    text = read_parallel([DATA / "multi30k" / "val"], "en", "de")
+    tokenizer = load_tokenizer(train_tokenizer(text, 2_000, tmp_path))
+    lines = text.source[:300] + read_lines(DATA / "wmt_ende" / "newstest2009.de.xz")[:300]
+    assert rows(LineEncoder(tokenizer, is_target=True)(lines)) == tokenizer(text_target=lines)["input_ids"]
+
+
+@needs_data
+def test_multi30k_is_encoded_whole(tmp_path):
+    text = read_parallel([DATA / "multi30k" / "train"], "en", "de")
+    dataset, counts = encode_pairs(text, train_tokenizer(text, 8_000, tmp_path), cache_dir=tmp_path, num_proc=2)
+    assert isinstance(dataset, datasets.Dataset)
+    assert len(dataset) == 29_000
+    assert not any(counts.values())
+    tokenizer = load_tokenizer(next(tmp_path.glob("tokenizer-*")))
+    assert tokenizer.batch_decode(dataset["labels"][:200], skip_special_tokens=True) == [
+        " ".join(unicodedata.normalize("NFKC", line).split()) for line in text.target[:200]
+    ]
