@@ -1,0 +1,279 @@
+"""TokenBatchSampler: batches of whole samples under a budget of padded tokens, shuffled, sharded, resumable.
+
+It knows lengths and nothing else: no token, no copy, no model. So the data order is the same for every number of copies
+M, and the budget counts a batch before it is repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils.data import Sampler
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Yield lists of sample indices such that (longest length in the batch) * (samples in the batch) <= `max_tokens`.
+
+    Samples are sorted by length, longest first, equal lengths in a new random order every epoch, and cut greedily: a
+    batch that starts with length L holds `max_tokens // L` samples. The order of the batches is then shuffled. Cuts
+    depend on the lengths alone, so every epoch has the same number of batches; which samples of one length meet in a
+    batch changes. With equal lengths this is a plain shuffle into batches of `max_tokens // L`.
+
+    The order is a pure function of (lengths, options, seed, epoch): equal on every rank, for every M and plan, and on
+    every numpy (only the raw bits of PCG64 are used, which numpy guarantees). Global random state is neither read nor
+    changed. Ordering 5 million samples takes under a second an epoch.
+
+    Ranks. An update reads `num_shards * batches_per_update` consecutive batches of the epoch; shard s gets the block
+    s * batches_per_update + i of them, i < `batches_per_update` (with 1, batch i goes to shard i % num_shards). So one
+    rank that accumulates 4 batches reads the data of 4 ranks. Where an epoch's batches do not fill its last update,
+    that update is filled with the epoch's first batches, counted in `wrapped_batches` and `wrapped_samples`; no other
+    sample is met twice in an epoch, and none is left out.
+
+    There is no `batch_size` attribute, on purpose: accelerate would cut the batches anew by it and lose samples. Shard
+    here and keep the loader out of `Accelerator.prepare`, whose loader calls `set_epoch` with its own count.
+
+    Resuming. A `DataLoader` reads ahead, so only its consumer knows what was trained on: it counts, and asks for the
+    position. Give the loader its own `generator`: otherwise it draws a number from the global one at every start, and
+    a resumed run would have drawn one number more.
+
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+        if resuming:
+            sampler.load_state_dict(counters["sampler"])
+        while True:
+            for batches_done, batch in enumerate(loader, start=sampler.first_batch + 1):
+                ...  # train; `sampler.state_dict(batches_done)` is what a checkpoint keeps
+            sampler.set_epoch(sampler.epoch + 1)
+
+    Args:
+        lengths: tokens of sample n as padded, max(source, target) for a pair; integers, at least 1.
+        max_tokens: padded tokens of a batch, before it is repeated M times; at least 1.
+        seed: with the epoch, the only source of randomness; at least 0.
+        num_shards: groups of ranks that read different batches; at least 1.
+        shard: which of them this is, 0 <= shard < num_shards.
+        batches_per_update: batches that a shard reads in an update (accumulation); at least 1.
+        max_samples: the most samples in a batch, however short; None is no limit.
+        over_budget: what to do with a sample longer than `max_tokens`: "refuse" raises and names it, "truncate" counts
+            it as `max_tokens` long, and in `truncated` (the data set has to cut it).
+
+    Attributes:
+        epoch, first_batch: where the next iteration starts.
+        truncated: samples counted as cut.
+
+    Raises:
+        ValueError: an argument outside its range, a length below 1, a sample over the budget when refused.
+
+    >>> sampler = TokenBatchSampler([3, 9, 4, 2, 9, 3], max_tokens=18)
+    >>> sorted(sorted(batch) for batch in sampler)
+    [[0, 2, 3, 5], [1, 4]]
+    >>> [len(TokenBatchSampler([5] * 12, 10, num_shards=4, shard=rank)) for rank in range(4)]
+    [2, 2, 2, 2]
+    >>> TokenBatchSampler([5] * 12, 10, num_shards=4).wrapped_batches  # 6 batches fill 2 updates of 4
+    2
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | Integers | Tensor,
+        max_tokens: int,
+        *,
+        seed: int = 0,
+        num_shards: int = 1,
+        shard: int = 0,
+        batches_per_update: int = 1,
+        max_samples: int | None = None,
+        over_budget: Literal["refuse", "truncate"] = "refuse",
+    ) -> None:
+        self._max_tokens = _integer("max_tokens", max_tokens, minimum=1)
+        self._seed = _integer("seed", seed, minimum=0)
+        self._num_shards = _integer("num_shards", num_shards, minimum=1)
+        self._shard = _integer("shard", shard, minimum=0)
+        if self._shard >= self._num_shards:
+            raise ValueError(f"shard must be below num_shards={num_shards} (it counts from 0), got {shard}")
+        self._batches_per_update = _integer("batches_per_update", batches_per_update, minimum=1)
+        self._max_samples = None if max_samples is None else _integer("max_samples", max_samples, minimum=1)
+        if over_budget not in ("refuse", "truncate"):
+            raise ValueError(f"over_budget must be 'refuse' or 'truncate', got {over_budget!r}")
+
+        checked = _check_lengths(lengths)
+        over = checked > self._max_tokens
+        self.truncated = int(over.sum())
+        if self.truncated and over_budget == "refuse":
+            raise ValueError(_over_budget_text(checked, over, self._max_tokens))
+        counted = np.minimum(checked, self._max_tokens)
+        longest = int(counted.max())
+        # Sort key, 0 for the longest; numpy sorts 16-bit integers by radix, in half the time.
+        self._shortness = (longest - counted).astype(np.uint16 if longest <= 1 << 16 else np.int64)
+        self._cuts = _cut(np.sort(counted)[::-1], self._max_tokens, self._max_samples)
+        self._fingerprint: dict[str, int | str | None] = {
+            "samples": len(checked),
+            "lengths": hashlib.blake2b(checked.tobytes(), digest_size=8).hexdigest(),
+            "max_tokens": self._max_tokens,
+            "max_samples": self._max_samples,
+            "seed": self._seed,
+            "batches of all shards in an update": self._num_shards * self._batches_per_update,
+        }
+        self.epoch = 0
+        self.first_batch = 0
+        self._pending = False  # a position that was loaded or named waits for its first reader
+
+    @property
+    def wrapped_batches(self) -> int:
+        """Batches of this epoch that are read twice, to fill the last update of all shards."""
+        return len(self) * self._num_shards - self._num_batches
+
+    @property
+    def wrapped_samples(self) -> int:
+        """Samples read once more in the current epoch because of `wrapped_batches`."""
+        batch_order, _ = self._random_bits()
+        again = np.arange(self._num_batches, self._num_batches + self.wrapped_batches) % self._num_batches
+        return int(np.diff(self._cuts)[batch_order[again]].sum())
+
+    def __len__(self) -> int:
+        """Batches of this shard in a whole epoch: the same for every epoch and shard, wherever the next one starts."""
+        in_update = self._num_shards * self._batches_per_update
+        return -(-self._num_batches // in_update) * self._batches_per_update
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Read this shard's batches of the current epoch, from `first_batch` on."""
+        self._pending = False
+        batch_order, tie_breaks = self._random_bits()
+        samples = np.lexsort((tie_breaks, self._shortness))  # by length; by random bits within a length
+        for index in batch_order[self._positions()[self.first_batch :]]:
+            yield samples[self._cuts[index] : self._cuts[index + 1]].tolist()
+
+    def set_epoch(self, epoch: int, first_batch: int | None = None) -> None:
+        """Let the next iteration read `epoch`, from this shard's batch `first_batch` on.
+
+        Without `first_batch` an epoch starts at its first batch; but a position that was loaded or named, and that
+        nothing has read from yet, is kept, and asking for another epoch then raises, since that would silently drop
+        it (as a loader prepared by accelerate does, which counts its own epochs from 0).
+        """
+        if first_batch is not None:
+            self._set_position(epoch, first_batch)
+        elif not self._pending:
+            self._set_position(epoch, 0)
+            self._pending = False
+        elif epoch != self.epoch:
+            raise ValueError(
+                f"set_epoch({epoch}) would drop the position (epoch {self.epoch}, batch {self.first_batch}), from "
+                "which nothing has read yet: keep the loader out of Accelerator.prepare, or name first_batch too"
+            )
+
+    def state_dict(self, batches_done: int) -> dict[str, Any]:
+        """Return the position after this shard's first `batches_done` batches of the current epoch, as JSON values.
+
+        The consumer counts from the start of the epoch, batches before a resume included: what the loader has read
+        ahead does not matter. After the last batch the position is the next epoch's start. Only whole updates can be
+        resumed, so it is a multiple of `batches_per_update`. The same on every shard.
+        """
+        self._check_batch("batches_done", batches_done, len(self))
+        epochs, batches = divmod(batches_done, len(self))
+        return {
+            "epoch": self.epoch + epochs,
+            "updates_in_epoch": batches // self._batches_per_update,
+            "made_with": dict(self._fingerprint),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; another data set or other options raise and are named.
+
+        Ranks may be traded for accumulated batches (`num_shards` for `batches_per_update`): the data order is the same.
+        """
+        try:
+            epoch, updates, made_with = state["epoch"], state["updates_in_epoch"], dict(state["made_with"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the state of a TokenBatchSampler: {state!r}") from error
+        names = self._fingerprint.keys() | made_with.keys()
+        differ = [name for name in sorted(names) if self._fingerprint.get(name) != made_with.get(name)]
+        if differ:
+            pairs = [f"{name}: {made_with.get(name)} then, {self._fingerprint.get(name)} now" for name in differ]
+            raise ValueError(
+                "the position was taken with other data or options, so its batches would not be the same ("
+                + "; ".join(pairs)
+                + "): resume with those, or start a new run"
+            )
+        self._set_position(epoch, updates * self._batches_per_update)
+
+    @property
+    def _num_batches(self) -> int:
+        return len(self._cuts) - 1
+
+    def _set_position(self, epoch: int, first_batch: int) -> None:
+        self._check_batch("first_batch", first_batch, len(self) - 1)
+        self.epoch = _integer("epoch", epoch, minimum=0)
+        self.first_batch = first_batch
+        self._pending = True
+
+    def _check_batch(self, name: str, batch: int, maximum: int) -> None:
+        if not 0 <= batch <= maximum:
+            raise ValueError(f"{name} must be from 0 to {maximum} (batches of this shard in an epoch), got {batch}")
+        if batch % self._batches_per_update:
+            raise ValueError(
+                f"{name} must be a multiple of batches_per_update={self._batches_per_update}, since an update is not "
+                f"resumed in its middle, got {batch}"
+            )
+
+    def _random_bits(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
+        """Return the order of the epoch's batches, and 64 random bits a sample that order equal lengths."""
+        bits = np.random.PCG64([self._seed, self.epoch])  # sorted raw bits: Generator.permutation may change with numpy
+        batch_order = np.argsort(np.asarray(bits.random_raw(self._num_batches)), kind="stable")
+        return batch_order, np.asarray(bits.random_raw(len(self._shortness)))
+
+    def _positions(self) -> npt.NDArray[np.intp]:
+        """Return where in the epoch's order this shard's batches stand: (updates, batches_per_update), flattened."""
+        per_update = self._batches_per_update
+        updates = np.arange(len(self) // per_update)[:, None] * (self._num_shards * per_update)
+        positions = updates + self._shard * per_update + np.arange(per_update)
+        return positions.ravel() % self._num_batches  # the wrap
+
+
+def _integer(name: str, value: int, *, minimum: int) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = minimum - 1
+    if integer < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return integer
+
+
+def _check_lengths(lengths: Sequence[int] | Integers | Tensor) -> npt.NDArray[np.int64]:
+    array = np.asarray(lengths)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise ValueError(
+            "lengths must be integers, one for each sample and at least one sample, "
+            f"got shape {array.shape} of {array.dtype}"
+        )
+    if array.min() < 1:
+        index = int(np.argmax(array < 1))
+        raise ValueError(
+            f"sample {index} has length {array[index]}; {int((array < 1).sum())} samples have a length below 1: "
+            "drop empty samples, or count the end-of-sequence token"
+        )
+    return array.astype(np.int64)
+
+
+def _over_budget_text(lengths: npt.NDArray[np.int64], over: npt.NDArray[np.bool_], max_tokens: int) -> str:
+    index = int(np.argmax(over))
+    return (
+        f"sample {index} has length {lengths[index]}, over max_tokens={max_tokens}; {int(over.sum())} of "
+        f"{len(lengths)} samples are over it, the longest {lengths.max()}: raise max_tokens to {lengths.max()}, "
+        "drop those samples, or cut them in the data set and pass over_budget='truncate'"
+    )
+
+
+def _cut(longest_first: npt.NDArray[np.int64], max_tokens: int, max_samples: int | None) -> npt.NDArray[np.intp]:
+    """Return the borders of the batches in the sorted order: batch i is samples[cuts[i]:cuts[i + 1]]."""
+    most = len(longest_first) if max_samples is None else max_samples
+    cuts = [0]
+    while cuts[-1] < len(longest_first):
+        cuts.append(min(cuts[-1] + min(max_tokens // int(longest_first[cuts[-1]]), most), len(longest_first)))
+    return np.array(cuts)
