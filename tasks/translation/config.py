@@ -1,0 +1,178 @@
+"""The options of a translation run, and the presets: named values that any option overrides."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from tasks.errors import UserError
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class TranslationConfig:
+    """All options of `scripts/train_wmt.py`; its defaults are the preset "generated", for the built-in corpus.
+
+    "transformer-base" is the architecture, schedule and batch of Vaswani et al. 2017 (table 3, base) as the Batch
+    Augmentation paper trains it (section 4.3): 100 000 updates of 4 096 padded tokens a rank.
+    """
+
+    preset: str = _option("generated", "named values for all other options; an option that is given overrides it")
+
+    # Batch Augmentation
+    ba_m: int = _option(1, "M, the paper's number of copies: how often each sentence pair stands in an update")
+    copies_per_pass: str = _option(
+        "auto", "copies in one forward and backward pass, 1 to M; auto starts at M and halves when memory runs out"
+    )
+    reproducible_copies: bool = _option(
+        False, "draw each copy's masks from (seed, update, batch, copy), so that no plan or rank changes them"
+    )
+
+    # data
+    train_prefix: list[str] = field(
+        default_factory=list,
+        metadata={"help": "parallel training text: P for files P.en and P.de (plain, .gz or .xz); several are joined"},
+    )
+    valid_prefix: str | None = _option(None, "parallel text that chooses the best checkpoint")
+    test_prefix: list[str] = field(
+        default_factory=list, metadata={"help": "parallel test text, translated and scored once, at the end"}
+    )
+    source_lang: str = _option("en", "ending of the source files")
+    target_lang: str = _option("de", "ending of the target files")
+    vocab_size: int = _option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
+    max_length: int = _option(
+        250, "longest sentence in pieces, eos included; longer training pairs are dropped, counted"
+    )
+    cache_dir: str = _option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
+    num_proc: int = _option(1, "processes that preprocess")
+    num_workers: int = _option(0, "processes that collate batches; 0 collates in the training process")
+
+    # model: MarianConfig as a Transformer; the four dropouts are the transform T
+    width: int = _option(192, "width of the model, D")
+    ffn_width: int = _option(768, "width of the feed-forward layers")
+    num_layers: int = _option(2, "layers of the encoder, and of the decoder")
+    num_heads: int = _option(4, "heads of every attention layer, H")
+    dropout: float = _option(0.1, "probability of zeroing, on embeddings and residual branches")
+    attention_dropout: float = _option(0.1, "probability of zeroing, on attention weights")
+    activation_dropout: float = _option(0.1, "probability of zeroing, inside the feed-forward layers")
+
+    # optimisation
+    max_tokens: int = _option(1_024, "padded tokens in a batch, max(source, target) times pairs, before repetition")
+    accumulation: int = _option(1, "batches of a rank in one update")
+    max_updates: int = _option(700, "updates (optimizer steps)")
+    warmup_updates: int = _option(200, "updates of linear warm-up; the learning rate falls with update^-0.5 afterwards")
+    lr_scale: float = _option(1.0, "factor on width^-0.5 min(update^-0.5, update warmup^-1.5)")
+    label_smoothing: float = _option(0.1, "probability mass spread evenly over the vocabulary")
+    max_norm: float | None = _option(None, "clip the gradient to this L2 norm; not clipped by default")
+    mixed_precision: str | None = _option(None, "no, bf16 or fp16; by default what accelerate is configured to")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
+    cpu: bool = _option(False, "train on the processor even where an accelerator is at hand")
+
+    # the run
+    output_dir: str | None = _option(None, "the run folder; by default runs/translation-PRESET-mM-seedSEED")
+    seed: int = _option(0, "seed of the weights, the data order, the masks and the generated corpus")
+    resume: bool = _option(False, "continue the run in --output-dir from its newest good checkpoint, exactly")
+    log_every: int = _option(25, "updates between rows of metrics.jsonl")
+    eval_every: int = _option(100, "updates between validations")
+    save_every: int = _option(100, "updates between checkpoints")
+    keep_checkpoints: int = _option(2, "newest checkpoints that are kept, beside the best")
+    report_to: str | None = _option(None, "a tracker that accelerate knows, such as tensorboard")
+
+    # decoding
+    num_beams: int = _option(4, "beam width of the search for translations")
+    length_penalty: float = _option(0.6, "finished beams are ranked by log-probability / length^this")
+
+    def __post_init__(self) -> None:
+        for name in ("ba_m", "max_tokens", "accumulation", "max_updates", "warmup_updates", "num_proc", "num_beams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
+        if self.width % (2 * self.num_heads):
+            raise UserError(f"--width must be a multiple of 2 * --num-heads = {2 * self.num_heads}, got {self.width}")
+        if self.copies_per_pass != "auto" and not (
+            self.copies_per_pass.isdigit() and 1 <= int(self.copies_per_pass) <= self.ba_m
+        ):
+            raise UserError(
+                f"--copies-per-pass must be auto or from 1 to --ba-m {self.ba_m}, got {self.copies_per_pass}"
+            )
+        named = [bool(self.train_prefix), self.valid_prefix is not None]
+        if any([*named, bool(self.test_prefix)]) and not all(named):
+            raise UserError("text of your own needs --train-prefix and --valid-prefix (and --test-prefix to be scored)")
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the built-in corpus is used: no data is named."""
+        return not self.train_prefix
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.output_dir or f"runs/translation-{self.preset}-m{self.ba_m}-seed{self.seed}"
+
+
+_BASE = {
+    "vocab_size": 32_000,
+    "width": 512,
+    "ffn_width": 2_048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "max_tokens": 4_096,
+    "max_updates": 100_000,
+    "warmup_updates": 4_000,
+    "log_every": 100,
+    "eval_every": 1_000,
+    "save_every": 1_000,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"generated": {}, "transformer-base": _BASE}
+
+# What a resumed run may change: nothing that reaches the weights.
+MAY_DIFFER = (
+    "resume",
+    "output_dir",
+    "report_to",
+    "cache_dir",
+    "num_proc",
+    "num_workers",
+    "max_updates",
+    "keep_checkpoints",
+)
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
+    """Options from the command line (`--ba-m` and `--ba_m` alike), over those of `--preset`.
+
+    Raises:
+        UserError: a value out of range, or an unknown preset; the message names the option.
+    """
+    parser = HfArgumentParser(TranslationConfig, allow_abbrev=False, description="Train a translation model.")
+    named, _ = parser.parse_known_args(argv)
+    if named.preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")
+    parser.set_defaults(**PRESETS[named.preset])
+    (config,) = parser.parse_args_into_dataclasses(argv)
+    return config
+
+
+def as_json(config: TranslationConfig) -> dict[str, Any]:
+    """All options, for `config.json`."""
+    return asdict(config)
+
+
+def option_names() -> list[str]:
+    """Every option as it is written on the command line.
+
+    >>> "--ba-m" in option_names()
+    True
+    """
+    return [_flag(option.name) for option in fields(TranslationConfig)]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

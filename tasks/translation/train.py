@@ -1,0 +1,175 @@
+"""Train a translation model, M copies of every pair in an update: the loop, top to bottom."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import MarianMTModel
+
+from seqba import schedule
+from seqba.loss import count_targets
+from seqba.sampler import TokenBatchSampler
+from seqba.step import TrainStep
+from tasks.errors import UserError
+from tasks.machine import start_accelerator
+from tasks.run import INTERRUPTED, Cadence, Run, set_learning_rate
+from tasks.stream import SAMPLE_IDS, BatchStream
+from tasks.translation.card import save_model_folder
+from tasks.translation.config import MAY_DIFFER, TranslationConfig, as_json
+from tasks.translation.metric import describe_decoding, score_bleu, translate
+from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config, summed_loss
+from tasks.translation.prepare import Corpus, prepare
+
+
+def train(config: TranslationConfig) -> None:
+    """Run `config` from text to a scored model folder.
+
+    Raises:
+        UserError: options, data or the run folder cannot be used; nothing has been trained then.
+        SystemExit: the run was stopped by Ctrl-C or SIGTERM, after it was saved.
+    """
+    folder = Path(config.folder)
+    accelerator = start_accelerator(
+        seed=config.seed,
+        mixed_precision=config.mixed_precision,
+        report_to=config.report_to,
+        folder=folder,
+        cpu=config.cpu,
+    )
+    run = Run(
+        accelerator,
+        folder,
+        as_json(config),
+        Cadence(config.max_updates, config.log_every, config.eval_every, config.save_every, config.keep_checkpoints),
+        num_copies=config.ba_m,
+        max_norm=config.max_norm,
+        resume=config.resume,
+        may_differ=MAY_DIFFER,
+    )
+
+    # ---- data and model
+    corpus = prepare(config, accelerator, say=run.say)
+    model = _build(config, corpus)
+    loss_model = TranslationLoss(model, config.label_smoothing)
+    optimizer = torch.optim.Adam(loss_model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-9)
+    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    stream = _stream(config, accelerator, corpus)
+    learning_rate = partial(
+        schedule.transformer, width=config.width, warmup_updates=config.warmup_updates, scale=config.lr_scale
+    )
+    step = TrainStep(
+        accelerator,
+        wrapped,
+        optimizer,
+        loss_fn=summed_loss,
+        num_copies=config.ba_m,
+        copies_per_pass="auto" if config.copies_per_pass == "auto" else int(config.copies_per_pass),
+        max_norm=config.max_norm,
+        copy_seed=config.seed if config.reproducible_copies else None,
+    )
+    run.say(
+        f"{count_parameters(model):,} parameters, {len(corpus.train):,} training pairs, M = {config.ba_m}, "
+        f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
+    )
+    accelerator.init_trackers("translation", config=None)
+    run.attach(model, optimizer, stream=stream)
+
+    # ---- the loop
+    for update in run.updates():
+        batches = stream.take(config.accumulation)
+        lr = set_learning_rate(optimizer, learning_rate(update))
+        result = step(batches, update=update)
+        sample_ids = [int(n) for batch in batches for n in batch[SAMPLE_IDS]]
+        run.record(update, result, sample_ids)
+        valid_loss = None
+        if run.is_due(config.eval_every):
+            valid_loss = validation_loss(accelerator, loss_model, corpus, config.max_tokens)
+        run.log(lr=lr, valid_loss=valid_loss)
+        run.save_if_due()
+    if run.interrupted:
+        raise SystemExit(INTERRUPTED)
+
+    # ---- the result: the checkpoint with the lowest validation loss, scored once
+    run.load_best()
+    _finish(config, run, corpus, model)
+
+
+@torch.no_grad()
+def validation_loss(accelerator: Accelerator, loss_model: nn.Module, corpus: Corpus, max_tokens: int) -> float:
+    """Nats per target token over the validation text: every pair once, no dropout, no smoothing, no copies."""
+    loss_model.eval()
+    longest = int(corpus.valid_lengths.max())
+    batches = list(TokenBatchSampler(corpus.valid_lengths, max(max_tokens, longest)))
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = corpus.collate(corpus.valid.__getitems__(indices))
+        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+        with accelerator.autocast():
+            totals[0] += loss_model(batch).double()
+        totals[1] += count_targets(batch["labels"])
+    loss_model.train()
+    nll, targets = accelerator.reduce(totals, "sum").tolist()
+    return nll / targets
+
+
+def _stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
+    try:
+        sampler = TokenBatchSampler(
+            corpus.train_lengths,
+            config.max_tokens,
+            seed=config.seed,
+            num_shards=accelerator.num_processes,
+            shard=accelerator.process_index,
+            batches_per_update=config.accumulation,
+        )
+    except ValueError as error:  # a pair longer than the budget; pieces are known only now
+        raise UserError(f"--max-tokens {config.max_tokens}: {error}") from error
+    return BatchStream(corpus.train, sampler, corpus.collate, device=accelerator.device, num_workers=config.num_workers)
+
+
+def _finish(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel) -> None:
+    accelerator = run.accelerator
+    model.generation_config = decoding_config(
+        model, num_beams=config.num_beams, length_penalty=config.length_penalty, max_length=config.max_length
+    )
+    score, results = None, {}
+    if corpus.test is not None:
+        hypotheses = translate(accelerator, model, corpus.tokenizer, corpus.test.source)
+        score = score_bleu(hypotheses, corpus.test.target, describe_decoding(config.num_beams, config.length_penalty))
+        results = {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding}
+        for source, hypothesis, reference in list(zip(corpus.test.source, hypotheses, corpus.test.target, strict=True))[
+            :5
+        ]:
+            run.say(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
+    if accelerator.is_main_process:
+        save_model_folder(
+            run.folder / "model",
+            model,
+            corpus.tokenizer,
+            config,
+            data=corpus.description,
+            updates=run.progress.best_update or run.progress.update,
+            score=score,
+        )
+    run.finish(results)
+    run.say(f"\ntest {score}" if score else "\nno --test-prefix: nothing was scored")
+    run.say(f"{run.folder}: model/, curve.png, results.json, metrics.jsonl")
+
+
+def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
+    torch.manual_seed(config.seed)
+    return build_model(
+        vocab_size=len(corpus.tokenizer),
+        width=config.width,
+        ffn_width=config.ffn_width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        pad_token_id=corpus.tokenizer.pad_token_id,
+        eos_token_id=corpus.tokenizer.eos_token_id,
+        max_length=config.max_length,
+    )

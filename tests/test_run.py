@@ -1,0 +1,216 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from tasks.metrics import read_metrics
+from tasks.run import NonFiniteError, RunError
+from tasks.translation import prepare
+from tasks.translation import train as training
+from tasks.translation.config import TranslationConfig
+from tasks.translation.corpus import generate_corpus
+
+TINY = TranslationConfig(
+    width=16,
+    ffn_width=24,
+    num_layers=1,
+    num_heads=2,
+    vocab_size=600,
+    max_tokens=400,
+    ba_m=2,
+    max_updates=8,
+    warmup_updates=4,
+    log_every=2,
+    eval_every=3,
+    save_every=4,
+    num_beams=1,
+    max_norm=1.0,
+    cpu=True,
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One vocabulary and one encoded corpus for all runs of a test session."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    """Hundreds of pairs instead of thousands, short translations; accelerate's shared state ends with each test."""
+    monkeypatch.setattr(
+        prepare, "generate_corpus", lambda seed: generate_corpus(seed=seed, train=600, valid=40, test=12)
+    )
+    whole = training.translate
+    monkeypatch.setattr(training, "translate", lambda *a, **k: whole(*a, max_new_tokens=12, **k))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(folder, cache, **changes):
+    config = dataclasses.replace(TINY, output_dir=str(folder), cache_dir=cache, **changes)
+    training.train(config)
+    return folder
+
+
+def weights(folder, update=8):
+    return load_file(Path(folder) / "checkpoints" / f"update-{update:06d}" / "model.safetensors")
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing of the program gets to act on it."""
+
+
+def killed_at(update, monkeypatch):
+    whole = training.TrainStep.__call__
+
+    def call(self, batches, *, update):
+        if update == killed_at.update:
+            raise Killed
+        return whole(self, batches, update=update)
+
+    killed_at.update = update
+    monkeypatch.setattr(training.TrainStep, "__call__", call)
+
+
+def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
+    folder = run(tmp_path / "run", cache)
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png"
+    }  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["ba_m"] == 2
+    logged = read_metrics(folder / "metrics.jsonl")
+    assert [row["update"] for row in logged] == [2, 3, 4, 6, 8]
+    wanted = {"update", "loss", "lr", "grad_norm", "clip_fraction", "unique_samples", "seen_instances",
+              "target_tokens", "seconds"}  # fmt: skip
+    assert all(wanted <= row.keys() for row in logged)
+    assert [row["update"] for row in logged if "valid_loss" in row] == [3, 6, 8]
+    assert (folder / "curve.png").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_processes"] == 1
+    assert results["signature"].startswith("nrefs:1|case:mixed")
+    assert results["seconds"] > 0
+    said = capsys.readouterr().out
+    assert "test BLEU" in said
+    assert results["signature"] in said
+
+
+@pytest.mark.trap(21)
+def test_updates_rates_data_and_cadence_do_not_move_with_m(tmp_path, cache):
+    one, three = (rows(run(tmp_path / f"m{m}", cache, ba_m=m)) for m in (1, 3))
+    for a, b in zip(one, three, strict=True):
+        assert (a["update"], a["lr"]) == (b["update"], b["lr"])
+        assert a["unique_samples"] == b["unique_samples"] == a["seen_instances"]
+        assert b["seen_instances"] == 3 * b["unique_samples"]
+        assert b["target_tokens"] == 3 * a["target_tokens"]
+        assert ("valid_loss" in a) == ("valid_loss" in b)
+
+
+@pytest.mark.trap(24)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reproducible_copies": True, "copies_per_pass": "1"},
+        {"accumulation": 2, "num_workers": 1},
+        {"max_tokens": 6_000, "save_every": 2},  # a batch is most of an epoch: the resume lies behind an epoch's end
+    ],
+)
+def test_a_killed_run_resumed_is_bitwise_the_undisturbed_one(changes, tmp_path, cache, monkeypatch):
+    straight = run(tmp_path / "straight", cache, **changes)
+    with monkeypatch.context() as patch:
+        killed_at(7, patch)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", cache, **changes)
+    assert read_metrics(tmp_path / "killed" / "metrics.jsonl")[-1]["update"] == 6
+    killed = run(tmp_path / "killed", cache, resume=True, **changes)
+    want, got = weights(straight), weights(killed)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert rows(straight) == rows(killed)
+    last, again = (json.loads((f / "results.json").read_text()) for f in (straight, killed))
+    assert last["bleu"] == again["bleu"]
+
+
+def test_resuming_before_anything_was_saved_starts_over(tmp_path, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", cache)
+    resumed = run(tmp_path / "run", cache, resume=True)
+    assert rows(resumed) == rows(run(tmp_path / "straight", cache))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, cache, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        killed_at(7, patch)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", cache, save_every=2)
+    newest = tmp_path / "run" / "checkpoints" / "update-000006" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    run(tmp_path / "run", cache, save_every=2, resume=True)
+    said = capsys.readouterr().out
+    assert "update-000006 is damaged" in said
+    assert "resumed at update 4" in said
+    assert torch.equal(*(w["model.shared.weight"] for w in (
+        weights(tmp_path / "run"), weights(run(tmp_path / "straight", cache, save_every=2))
+    )))  # fmt: skip
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_and_another_configuration_is_named(tmp_path, cache):
+    run(tmp_path / "run", cache)
+    with pytest.raises(RunError, match="already holds a run; continue it with --resume"):
+        run(tmp_path / "run", cache)
+    with pytest.raises(RunError, match=r"ba_m was 2, is 3; dropout was 0.1, is 0.3"):
+        run(tmp_path / "run", cache, ba_m=3, dropout=0.3, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_update_samples_and_checkpoint(tmp_path, cache, monkeypatch):
+    whole = training.summed_loss
+
+    def loss(model, rows):
+        loss.calls += 1
+        return whole(model, rows) * (float("nan") if loss.calls > 5 else 1.0)
+
+    loss.calls = 0
+    monkeypatch.setattr(training, "summed_loss", loss)
+    with pytest.raises(NonFiniteError, match=r"update 6: loss nan.*samples \d+, \d+.*update-000004"):
+        run(tmp_path / "run", cache)
+    assert all(torch.isfinite(x).all() for x in weights(tmp_path / "run", 4).values())
+
+
+def launched(code, launcher, **environment):
+    """What a script prints under a launcher, with only the stated OMP_NUM_THREADS."""
+    kept = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("ACCELERATE")}
+    done = subprocess.run([*launcher, code], env={**kept, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.trap(46)
+def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import torch\nfrom tasks.machine import start_accelerator\n"
+        "start_accelerator(seed=0, cpu=True)\nprint(torch.get_num_threads())\n"
+    )
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1:
+        pytest.skip("one core: all of them is what the launcher gives")
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
+    assert launched(script, accelerate) == cores
+    assert launched(script, accelerate, OMP_NUM_THREADS="1") == 1
+    assert launched(script, [*accelerate, "--num_cpu_threads_per_process", "1"]) == 1
+    assert launched(script, [sys.executable]) == cores
+    assert launched(script, [sys.executable], OMP_NUM_THREADS="1") == 1

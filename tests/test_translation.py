@@ -1,0 +1,228 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForSeq2SeqLM
+
+from tasks.errors import UserError
+from tasks.translation.config import PRESETS, TranslationConfig, option_names, parse_config
+from tasks.translation.corpus import generate_corpus
+from tasks.translation.metric import describe_decoding, score_bleu, translate
+from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config
+from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+
+SMALL = {
+    "width": 24, "ffn_width": 40, "num_layers": 2, "num_heads": 4, "dropout": 0.1, "attention_dropout": 0.2,
+    "activation_dropout": 0.3, "pad_token_id": 0, "eos_token_id": 1, "max_length": 50,
+}  # fmt: skip
+
+
+def a_batch(vocab_size=300, samples=3):
+    ids = torch.randint(3, vocab_size, (samples, 7))
+    labels = torch.randint(3, vocab_size, (samples, 5))
+    labels[1, 3:] = -100
+    start = torch.zeros(samples, 1, dtype=torch.int64)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "decoder_input_ids": torch.cat([start, labels[:, :-1].clamp(min=0)], 1),
+    }
+
+
+# ---- the model
+
+
+def test_the_model_is_transformer_base():
+    model = build_model(
+        vocab_size=37_000, width=512, ffn_width=2_048, num_layers=6, num_heads=8, dropout=0.1, attention_dropout=0.1,
+        activation_dropout=0.1, pad_token_id=0, eos_token_id=1, max_length=250,
+    )  # fmt: skip
+    # Vaswani et al. 2017, table 3: 65 million with a joint vocabulary of 37 000; written out here from the layers
+    width, ffn = 512, 2_048
+    attention, norm = 4 * (width * width + width), 2 * width
+    feed_forward = 2 * width * ffn + ffn + width
+    layers = 6 * (attention + feed_forward + 2 * norm) + 6 * (2 * attention + feed_forward + 3 * norm)
+    assert count_parameters(model) == layers + 37_000 * width
+    assert 62e6 < count_parameters(model) < 66e6
+    shared = model.get_input_embeddings().weight
+    assert model.lm_head.weight is shared
+    assert model.get_decoder().embed_tokens.weight is shared
+    assert model.config.activation_function == "relu"
+
+
+def test_all_four_dropouts_are_set_and_fresh_logits_are_near_unit_scale():
+    model = build_model(vocab_size=300, **SMALL)
+    layer = model.model.decoder.layers[0]
+    assert (layer.dropout, layer.activation_dropout, layer.encoder_attn.dropout) == (0.1, 0.3, 0.2)
+    assert model.model.encoder.dropout == 0.1
+    with torch.no_grad():
+        logits = model.eval()(**a_batch()).logits
+    assert 0.3 < float(logits.std()) < 3
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_the_loss_is_torchs_cross_entropy_of_transformers_logits(label_smoothing, bias):
+    model = build_model(
+        vocab_size=300, **{**SMALL, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    )
+    model.final_logits_bias += bias * torch.randn(300)
+    batch = a_batch()
+    logits = model(**batch).logits
+    want = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["labels"], reduction="sum", label_smoothing=label_smoothing
+    )
+    loss = TranslationLoss(model, label_smoothing)
+    torch.testing.assert_close(loss.train()(batch), want)
+    unsmoothed = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="sum")
+    torch.testing.assert_close(loss.eval()(batch), unsmoothed)
+
+
+# ---- translations and their score
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    text = generate_corpus(train=300, valid=5, test=40)
+    tokenizer = load_tokenizer(train_tokenizer(text["train"], 500, tmp_path_factory.mktemp("cache")))
+    torch.manual_seed(0)
+    model = build_model(vocab_size=len(tokenizer), **{**SMALL, "pad_token_id": 0, "eos_token_id": 1})
+    model.generation_config = decoding_config(model, num_beams=2, length_penalty=0.6, max_length=12)
+    return model.train(), tokenizer, text["test"].source
+
+
+def test_translations_come_in_the_order_of_the_sources_whatever_their_lengths(translator):
+    model, tokenizer, sources = translator
+    accelerator = Accelerator(cpu=True)
+    together = translate(accelerator, model, tokenizer, sources, max_tokens=64)
+    alone = [translate(accelerator, model, tokenizer, [source])[0] for source in sources]
+    assert together == alone
+    assert len(set(together)) > 5  # the order could be seen to be wrong
+    assert model.training  # put back as it was
+
+
+def test_evaluation_meets_no_dropout_and_moves_no_generator(translator):
+    model, tokenizer, sources = translator
+    before = torch.get_rng_state()
+    first = translate(Accelerator(cpu=True), model, tokenizer, sources[:8])
+    assert first == translate(Accelerator(cpu=True), model, tokenizer, sources[:8])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.trap(36)
+def test_a_bleu_is_printed_with_its_signature_beam_and_penalty_formula():
+    hypotheses, references = ["das ist ein Haus und ein Baum .", "ja"], ["das ist das Haus und ein Baum .", "nein"]
+    score = score_bleu(hypotheses, references, describe_decoding(4, 0.6))
+    metric = sacrebleu.metrics.BLEU()
+    assert score.bleu == metric.corpus_score(hypotheses, [references]).score
+    assert score.signature == str(metric.get_signature())
+    text = str(score)
+    for part in ("BLEU 57.74", "nrefs:1", "tok:13a", "smooth:exp", "version:", "beam 4", "log-probability / L^0.6"):
+        assert part in text, part
+    with pytest.raises(ValueError, match="1 hypotheses cannot be scored against 2 references"):
+        score_bleu(["a"], references, "")
+
+
+@pytest.mark.trap(36)
+def test_the_length_penalty_is_the_formula_that_is_named(translator):
+    """transformers ranks beams by log-probability / L^a, L counting the tokens after the start, eos included."""
+    model, tokenizer, sources = translator
+    model.eval()
+    batch = tokenizer(sources[:1], return_tensors="pt")
+    for penalty in (0.0, 0.6, 2.0):
+        out = model.generate(
+            **batch,
+            num_beams=4,
+            length_penalty=penalty,
+            output_scores=True,
+            return_dict_in_generate=True,
+            max_length=12,
+        )
+        tokens = out.sequences[:, 1:]
+        logits = model(**batch, decoder_input_ids=out.sequences[:, :-1]).logits.log_softmax(-1)
+        log_probability = logits.gather(2, tokens[..., None]).sum()
+        want = log_probability / tokens.shape[1] ** penalty
+        # the last position's scores are forbidden pad, so that its normaliser differs by that one token
+        torch.testing.assert_close(out.sequences_scores[0], want, rtol=2e-2, atol=2e-2)
+
+
+# ---- options
+
+
+def test_dashes_and_underscores_are_both_taken_and_every_option_has_help():
+    assert parse_config(["--ba-m", "4"]).ba_m == parse_config(["--ba_m", "4"]).ba_m == 4
+    for option in dataclasses.fields(TranslationConfig):
+        assert len(option.metadata["help"]) > 15, option.name
+    asked = {"--preset", "--ba-m", "--copies-per-pass", "--reproducible-copies", "--max-updates", "--save-every",
+             "--eval-every", "--output-dir", "--seed", "--resume"}  # fmt: skip
+    assert asked <= set(option_names())
+
+
+def test_a_preset_is_data_and_any_option_overrides_it():
+    base = parse_config(["--preset", "transformer-base", "--dropout", "0.3"])
+    assert (base.width, base.num_layers, base.warmup_updates, base.dropout) == (512, 6, 4_000, 0.3)
+    for values in PRESETS.values():
+        assert values.keys() <= {option.name for option in dataclasses.fields(TranslationConfig)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ba-m", "0"], "--ba-m must be at least 1, got 0"),
+        (["--ba-m", "4", "--copies-per-pass", "5"], "--copies-per-pass must be auto or from 1 to --ba-m 4, got 5"),
+        (["--copies-per-pass", "some"], "--copies-per-pass must be auto or from 1"),
+        (["--preset", "nothing"], "--preset must be one of generated, transformer-base, got nothing"),
+        (["--dropout", "1"], r"--dropout is a probability, from 0 to below 1, got 1\.0"),
+        (["--label-smoothing", "-0.1"], r"--label-smoothing is a probability.*got -0\.1"),
+        (["--width", "30", "--num-heads", "4"], r"--width must be a multiple of 2 \* --num-heads = 8, got 30"),
+        (["--max-updates", "0"], "--max-updates must be at least 1, got 0"),
+        (["--train-prefix", "x"], "needs --train-prefix and --valid-prefix"),
+        (["--test-prefix", "x"], "needs --train-prefix and --valid-prefix"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_limit(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(argv)
+
+
+# ---- the model folder, in a fresh process
+
+FRESH = """
+import json, sys
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, text = sys.argv[1:]
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = model.generate(**tokenizer([text], return_tensors="pt"))
+texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+print(json.dumps([model.generation_config.num_beams, ids[0].tolist(), texts]))
+"""
+
+
+def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(translator, tmp_path):
+    from tasks.translation.card import save_model_folder
+
+    model, tokenizer, sources = translator
+    score = score_bleu(["a b c d e"], ["a b c d f"], describe_decoding(2, 0.6))
+    config = TranslationConfig(ba_m=4)
+    save_model_folder(tmp_path / "model", model, tokenizer, config, data="the data", updates=7, score=score)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "model"), sources[3]], capture_output=True, text=True, check=True
+    )
+    beams, ids, texts = json.loads(done.stdout.splitlines()[-1])
+    assert beams == 2
+    assert 0 not in ids[1:-1]  # padding is never emitted
+    assert texts == translate(Accelerator(cpu=True), model, tokenizer, [sources[3]])
+    card = (tmp_path / "model" / "README.md").read_text()
+    for part in ("M = 4", "the data", str(score), "AutoModelForSeq2SeqLM", "AutoTokenizer"):
+        assert part in card
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    batch = {k: v for k, v in a_batch(len(tokenizer)).items() if k != "labels"}
+    with torch.no_grad():
+        np.testing.assert_allclose(again.eval()(**batch).logits, model.eval()(**batch).logits, atol=1e-6)
