@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import FILES, OPTIMIZERS, VOCABULARY, WIDTH, assert_bitwise, make, names, save, step
 from torch import nn
 from torch.utils.data import DataLoader
 
+from checkpoints import FILES, OPTIMIZERS, VOCABULARY, WIDTH, assert_bitwise, make, names, save, step
 from seqba import checkpoint as checkpoint_module
 from seqba.checkpoint import find_checkpoint, load_checkpoint, rng_state, set_rng_state
 from seqba.sampler import TokenBatchSampler

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import names, save
 from torch import nn
 
 import seqba
+from checkpoints import names, save
 from seqba import checkpoint as checkpoint_module
 from seqba.checkpoint import find_checkpoint
 

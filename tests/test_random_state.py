@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from checkpoints import assert_bitwise, make, save
 from torch import nn
 
+from checkpoints import assert_bitwise, make, save
 from seqba.checkpoint import load_checkpoint, rng_state, set_rng_state
 
 
