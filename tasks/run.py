@@ -216,21 +216,25 @@ class Run:
             return
         rng = gather_object([rng_state()])
         if self.accelerator.is_main_process:
+            self._write_checkpoint(rng)
+        self._saved_update = self.progress.update
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, rng: list[dict[str, Any]]) -> None:
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        try:
             save_checkpoint(
                 self.folder / "checkpoints",
                 self.progress.update,
                 model=self._model,
                 optimizer=self._optimizer,
-                counters={
-                    "progress": asdict(self.progress),
-                    **{name: part.state_dict() for name, part in self._parts.items()},
-                },
+                counters={"progress": asdict(self.progress), **parts},
                 rng=rng,
                 keep=self.cadence.keep,
                 pinned=() if self.progress.best_update is None else (self.progress.best_update,),
             )
-        self._saved_update = self.progress.update
-        self.accelerator.wait_for_everyone()
+        except OSError as error:  # a full disk, most of all; the earlier checkpoints are intact
+            raise RunError(str(error)) from error
 
     def load_best(self) -> None:
         """Put the weights with the lowest validation loss into the model."""

@@ -285,6 +285,7 @@ def test_modules_learn_the_copies_of_the_pass_and_only_inside_it():
 
 def test_an_error_inside_is_not_hidden_and_leaves_everything_as_before():
     state = torch.get_rng_state()
+
     def fail():
         random.random()
         raise ZeroDivisionError

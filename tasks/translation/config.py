@@ -61,11 +61,11 @@ class TranslationConfig:
     activation_dropout: float = _option(0.1, "probability of zeroing, inside the feed-forward layers")
 
     # optimisation
-    max_tokens: int = _option(1_024, "padded tokens in a batch, max(source, target) times pairs, before repetition")
+    max_tokens: int = _option(512, "padded tokens in a batch, max(source, target) times pairs, before repetition")
     accumulation: int = _option(1, "batches of a rank in one update")
-    max_updates: int = _option(700, "updates (optimizer steps)")
-    warmup_updates: int = _option(200, "updates of linear warm-up; the learning rate falls with update^-0.5 afterwards")
-    lr_scale: float = _option(1.0, "factor on width^-0.5 min(update^-0.5, update warmup^-1.5)")
+    max_updates: int = _option(800, "updates (optimizer steps)")
+    warmup_updates: int = _option(150, "updates of linear warm-up; the learning rate falls with update^-0.5 afterwards")
+    lr_scale: float = _option(0.35, "factor on width^-0.5 min(update^-0.5, update warmup^-1.5)")
     label_smoothing: float = _option(0.1, "probability mass spread evenly over the vocabulary")
     max_norm: float | None = _option(None, "clip the gradient to this L2 norm; not clipped by default")
     mixed_precision: str | None = _option(None, "no, bf16 or fp16; by default what accelerate is configured to")
@@ -125,6 +125,7 @@ _BASE = {
     "max_tokens": 4_096,
     "max_updates": 100_000,
     "warmup_updates": 4_000,
+    "lr_scale": 1.0,
     "log_every": 100,
     "eval_every": 1_000,
     "save_every": 1_000,

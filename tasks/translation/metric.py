@@ -62,7 +62,8 @@ def translate(
         accelerator: says which share is this rank's, and the precision.
         model: on the device; its training mode is put back afterwards.
         tokenizer: the model's.
-        sources: sentences; an empty one is translated like any other.
+        sources: sentences; an empty one is translated like any other, one longer than the model's positions is cut
+            (`count_truncated`).
         max_tokens: padded source tokens of a batch; like lengths share a batch.
         generation: what `generate` should do otherwise than the model's `generation_config`.
 
@@ -84,6 +85,11 @@ def translate(
     model.train(was_training)
     translations = dict(gather_object(found))
     return [translations[n] for n in range(len(ids))]
+
+
+def count_truncated(model: MarianMTModel, tokenizer: MarianTokenizer, sources: Sequence[str]) -> int:
+    """How many sentences have more pieces than the model has positions, and are cut by `translate`."""
+    return sum(len(tokenizer(text).input_ids) > model.config.max_position_embeddings for text in sources)
 
 
 def _batches_by_length(numbers: list[int], ids: list[list[int]], max_tokens: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from tasks.run import INTERRUPTED, Cadence, Run, set_learning_rate
 from tasks.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.card import save_model_folder
 from tasks.translation.config import MAY_DIFFER, TranslationConfig, as_json
-from tasks.translation.metric import describe_decoding, score_bleu, translate
+from tasks.translation.metric import count_truncated, describe_decoding, score_bleu, translate
 from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config, summed_loss
 from tasks.translation.prepare import Corpus, prepare
 
@@ -136,6 +136,10 @@ def _finish(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMT
     )
     score, results = None, {}
     if corpus.test is not None:
+        cut = count_truncated(model, corpus.tokenizer, corpus.test.source)
+        run.say(
+            f"translating {len(corpus.test):,} test sentences" + (f", {cut} cut to {config.max_length}" if cut else "")
+        )
         hypotheses = translate(accelerator, model, corpus.tokenizer, corpus.test.source)
         score = score_bleu(hypotheses, corpus.test.target, describe_decoding(config.num_beams, config.length_penalty))
         results = {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding}
@@ -160,7 +164,7 @@ def _finish(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMT
 
 def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
     torch.manual_seed(config.seed)
-    return build_model(
+    model = build_model(
         vocab_size=len(corpus.tokenizer),
         width=config.width,
         ffn_width=config.ffn_width,
@@ -173,3 +177,8 @@ def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
         eos_token_id=corpus.tokenizer.eos_token_id,
         max_length=config.max_length,
     )
+    if config.gradient_checkpointing:
+        # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
