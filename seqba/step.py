@@ -132,13 +132,13 @@ class TrainStep:
         targets = sum(torch.as_tensor(self.count_fn(batch)).to(self.accelerator.device) for batch in batches)
         samples = sum(count_samples(batch) or 0 for batch in batches)
         size = max((largest_tensor(batch) for batch in batches), default=(0, 0))
-        is_new = self.is_auto and self._has_ranks() and any(a > b for a, b in zip(size, self._proven, strict=True))
+        is_new = self._may_shrink() and any(a > b for a, b in zip(size, self._proven, strict=True))
         local = torch.tensor([0, samples, int(is_new)], device=self.accelerator.device)
         local[0] = targets * len(self.copies)
         num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
         denominator = num_targets.clamp(min=1)
 
-        if self.is_auto and self._has_ranks() and bool(ranks_to_try):
+        if self._may_shrink() and self._has_ranks() and bool(ranks_to_try):
             self._try_on_all_ranks(batches, update, denominator)
             self._proven = (max(size[0], self._proven[0]), max(size[1], self._proven[1]))
         loss = self._fit(batches, update, denominator)
@@ -173,7 +173,7 @@ class TrainStep:
 
     def _fit(self, batches: Sequence[Any], update: int, denominator: Tensor) -> Tensor:
         """The update's passes; alone and with "auto", with as many copies a pass as memory holds."""
-        if not self.is_auto or self._has_ranks():
+        if not self._may_shrink() or self._has_ranks():
             return self._accumulate(batches, update, denominator)
         start = _State.of(self.model)
         while (loss := self._attempt(batches, update, denominator)) is None:
@@ -226,6 +226,9 @@ class TrainStep:
         self.accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _may_shrink(self) -> bool:
+        return self.is_auto and self.copies_per_pass > 1
 
     def _has_ranks(self) -> bool:
         return self.accelerator.num_processes > 1

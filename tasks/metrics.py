@@ -40,7 +40,12 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str) -> 
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
-    axes.plot([row["update"] for row in rows], [row["loss"] for row in rows], color="#8aa4c8", label="training")
+    axes.plot(
+        [row["update"] for row in rows],
+        [row["loss"] for row in rows],
+        color="#8aa4c8",
+        label="training (with dropout, label smoothing)",
+    )
     valid = [row for row in rows if row.get("valid_loss") is not None]
     if valid:
         updates, losses = [row["update"] for row in valid], [row["valid_loss"] for row in valid]

@@ -262,6 +262,7 @@ class Run:
             total=self.cadence.max_updates,
             initial=self.progress.update,
             unit="update",
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
             disable=not self.accelerator.is_main_process,
         )
         with _stop_signals() as stop, self._bar:

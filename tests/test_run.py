@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from distributed import run_ranks
 from tasks.metrics import read_metrics
 from tasks.run import NonFiniteError, RunError
 from tasks.translation import prepare
@@ -214,3 +215,36 @@ def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     assert launched(script, [*accelerate, "--num_cpu_threads_per_process", "1"]) == 1
     assert launched(script, [sys.executable]) == cores
     assert launched(script, [sys.executable], OMP_NUM_THREADS="1") == 1
+
+
+TWO_RANKS = """
+import dataclasses
+import sys
+from distributed import report
+from tasks.translation import prepare
+from tasks.translation import train as training
+from tasks.translation.corpus import generate_corpus
+from test_run import TINY
+
+prepare.generate_corpus = lambda seed: generate_corpus(seed=seed, train=600, valid=40, test=12)
+config = dataclasses.replace(TINY, cpu=False, output_dir=sys.argv[1], cache_dir=sys.argv[2], reproducible_copies=True)
+training.train(config)
+report(True)
+"""
+
+
+@pytest.mark.trap(42)
+@pytest.mark.trap(43)
+def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path, cache):
+    run_ranks(TWO_RANKS, 2, args=[str(tmp_path / "two"), cache])
+    one = run(tmp_path / "one", cache, accumulation=2, reproducible_copies=True)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")]
+    assert [r["num_processes"] for r in results] == [2, 1]
+    for a, b in zip(rows(tmp_path / "two"), rows(one), strict=True):
+        assert (a["update"], a["lr"], a["unique_samples"]) == (b["update"], b["lr"], b["unique_samples"])
+        assert a["target_tokens"] == b["target_tokens"]
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+        assert abs(a.get("valid_loss", 0) - b.get("valid_loss", 0)) < 1e-3
+    two, alone = weights(tmp_path / "two"), weights(one)
+    for name in alone:
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-3, atol=1e-4)

@@ -53,7 +53,10 @@ tags:
 | updates | {updates:,} (the checkpoint with the lowest validation loss) |
 | batch | {config.max_tokens:,} padded tokens before repetition, times {config.accumulation} a rank |
 | dropout, the random transform T | {dropouts} |
-| test | {result} |
+
+Test: {result}
+
+The best checkpoint was chosen on the validation text. To load the model, from the folder that holds `{folder.name}`:
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -63,8 +66,6 @@ tokenizer = AutoTokenizer.from_pretrained("{folder.name}")
 batch = tokenizer(["..."], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
 ```
-
-(From the folder that holds `{folder.name}`.)
 
 Batch Augmentation: Hoffer et al. 2020, "Augment Your Batch", arXiv:1901.09335.
 """

@@ -1,0 +1,62 @@
+"""Ratios that can be trusted on a noisy machine: two things in turn, A B A B, and the median of the pairs."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of A over seconds of B, pair by pair.
+
+    `median` is the figure to quote; `low` and `high` are the quartiles of the pairs.
+    """
+
+    median: float
+    low: float
+    high: float
+    seconds_a: float
+    seconds_b: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.median:.3f} (quartiles {self.low:.3f} to {self.high:.3f} of {self.pairs} pairs; medians "
+            f"{1e3 * self.seconds_a:.1f} ms over {1e3 * self.seconds_b:.1f} ms)"
+        )
+
+
+def compare(a: Callable[[], object], b: Callable[[], object], *, pairs: int, warm_up: int = 2) -> Ratio:
+    """Time A and B in turn, so that both meet the same drift of the machine's speed.
+
+    Args:
+        a, b: called without arguments; they must have finished their work when they return.
+        pairs: timed pairs, at least 2.
+        warm_up: pairs before them that are not timed.
+
+    >>> compare(lambda: sum(range(9_000)), lambda: sum(range(900)), pairs=5).median > 1
+    True
+    """
+    if pairs < 2:
+        raise ValueError(f"pairs must be at least 2, got {pairs}")
+    times: list[tuple[float, float]] = []
+    for number in range(warm_up + pairs):
+        pair = (_seconds(a), _seconds(b))
+        if number >= warm_up:
+            times.append(pair)
+    low, median, high = statistics.quantiles([first / second for first, second in times], n=4)
+    return Ratio(
+        median=median,
+        low=low,
+        high=high,
+        seconds_a=statistics.median(first for first, _ in times),
+        seconds_b=statistics.median(second for _, second in times),
+        pairs=pairs,
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
