@@ -26,15 +26,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import seqba
 
 RESULTS = "SEQBA_TEST_RESULTS"  # the folder each rank writes its result into
 
 
 def report(result: object) -> None:
-    """Hand this rank's result, any JSON value, to `run_ranks`; called once, by the script."""
+    """Hand this rank's result, any JSON value, to `run_ranks`; called once, at the script's end."""
     path = Path(os.environ[RESULTS]) / f"{os.environ['RANK']}.json"
     path.write_text(json.dumps(result), encoding="utf-8")
+    if torch.distributed.is_initialized():  # a rank that leaves while another still talks to it would abort it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def run_ranks(

@@ -247,4 +247,6 @@ def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path,
         assert abs(a.get("valid_loss", 0) - b.get("valid_loss", 0)) < 1e-3
     two, alone = weights(tmp_path / "two"), weights(one)
     for name in alone:
-        torch.testing.assert_close(two[name], alone[name], rtol=1e-3, atol=1e-4)
+        # the gradient of a key's bias is zero but for rounding, which Adam blows up to its full step
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(two[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
