@@ -12,6 +12,8 @@ def main() -> None:
         train(parse_config())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

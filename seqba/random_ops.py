@@ -32,7 +32,7 @@ _BASES = {
     FUSED_ATTENTION: "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
     "_scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_fused_attention_overrideable _flash_attention_forward _efficient_attention_forward",
-    CUDNN_RNN: "_cudnn_rnn miopen_rnn",
+    CUDNN_RNN: "_cudnn_rnn _cudnn_init_dropout_state miopen_rnn",
     PERMUTATION: "randperm",
 }
 _KIND_OF_BASE = {base: kind for kind, bases in _BASES.items() for base in bases.split()}
@@ -81,6 +81,16 @@ class RandomCall:
         if tensor is not None:
             return tensor.device
         return torch.device(self.kwargs.get("device") or "cpu")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its first axis can be rows of samples: the one axis of a lone distribution is its classes."""
+        return not (self.func._schema.name == "aten::multinomial" and len(self.shape) == 1)
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether a fused kernel draws at all: it has a probability above 0, and is not told to evaluate."""
+        return self.dropout > 0 and self._argument("train") is not False
 
     @property
     def dropout(self) -> float:

@@ -7,7 +7,7 @@ the other, K in between need not divide M. No plan changes the size of the gradi
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -122,7 +122,7 @@ class TrainStep:
         self.max_norm, self.copy_seed = max_norm, copy_seed
         self.is_auto = copies_per_pass == "auto"
         self.copies_per_pass = num_copies if copies_per_pass == "auto" else copies_per_pass
-        self._proven = (0, 0)  # numbers and longest side of the largest update that fitted, with several ranks
+        self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
         """Do update number `update` on this rank's batches of B samples each (several: accumulation).
@@ -131,8 +131,7 @@ class TrainStep:
         """
         targets = sum(torch.as_tensor(self.count_fn(batch)).to(self.accelerator.device) for batch in batches)
         samples = sum(count_samples(batch) or 0 for batch in batches)
-        size = max((largest_tensor(batch) for batch in batches), default=(0, 0))
-        is_new = self._may_shrink() and any(a > b for a, b in zip(size, self._proven, strict=True))
+        is_new = self._may_shrink() and any(not self._was_tried(largest_tensor(batch)) for batch in batches)
         local = torch.tensor([0, samples, int(is_new)], device=self.accelerator.device)
         local[0] = targets * len(self.copies)
         num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
@@ -140,12 +139,21 @@ class TrainStep:
 
         if self._may_shrink() and self._has_ranks() and bool(ranks_to_try):
             self._try_on_all_ranks(batches, update, denominator)
-            self._proven = (max(size[0], self._proven[0]), max(size[1], self._proven[1]))
+            self._tried += [size for size in map(largest_tensor, batches) if not self._was_tried(size)]
         loss = self._fit(batches, update, denominator)
         grad_norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return UpdateResult(loss, grad_norm, num_targets, num_samples, self.copies_per_pass)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copies in a pass that "auto" has come to, so that a resumed run goes on with them."""
+        return {"copies_per_pass": self.copies_per_pass}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the plan of `state`, where this one may change by itself."""
+        if self.is_auto:
+            self.copies_per_pass = min(int(state["copies_per_pass"]), len(self.copies))
 
     def _accumulate(self, batches: Sequence[Any], update: int, denominator: Tensor, *, reduce: bool = True) -> Tensor:
         """All passes of the update; gradients are reduced over ranks in the last one only."""
@@ -198,7 +206,7 @@ class TrainStep:
         try:
             return self._accumulate(batches, update, denominator, reduce=reduce)
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            if not _is_out_of_memory(error):
                 raise
             if self.copies_per_pass == 1 and not self._has_ranks():
                 raise
@@ -226,6 +234,10 @@ class TrainStep:
         self.accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _was_tried(self, size: tuple[int, int]) -> bool:
+        """Whether a batch at least as large in both numbers and longest side has fitted."""
+        return any(size[0] <= numbers and size[1] <= side for numbers, side in self._tried)
 
     def _may_shrink(self) -> bool:
         return self.is_auto and self.copies_per_pass > 1
@@ -263,6 +275,12 @@ class _State:
             # DDP broadcasts buffers in the first forward pass of an update: a rank that failed in it must
             # do so again together with those that did not
             model.require_forward_param_sync = self.syncs_buffers  # type: ignore[assignment]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+        return True
+    return should_reduce_batch_size(error)
 
 
 def _count_labels(batch: Any) -> Tensor:

@@ -36,6 +36,16 @@ class _Entry:
     torch_state: torch.Tensor
     python_state: Any
     numpy_state: Any
+    cuda_state: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> "_Entry":
+        return cls(
+            torch.default_generator.get_state(),
+            random.getstate(),
+            np.random.get_state(),
+            torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        )
 
 
 def current_copies() -> tuple[int, ...] | None:
@@ -78,8 +88,8 @@ def copy_streams(
     generator, hence the keys, hence the masks. **Run the backward pass inside the block too**: outside of it
     a checkpointed model would be recomputed under other masks.
 
-    A draw of shape () or (1,), and any draw inside `shared_draws()`, is one for all copies and all passes: its
-    stream has the key without the copy (LayerDrop). All generators are as before on leaving.
+    A draw of shape (), and any draw inside `shared_draws()`, is one for all copies and all passes: its stream has
+    the key without the copy (LayerDrop). All generators are as before on leaving.
 
     Args:
         copies: the copies in the pass, in the order of their blocks of rows: (0, 1, 2, 3) for a fused M=4,
@@ -92,8 +102,8 @@ def copy_streams(
     Raises:
         RuntimeError: an operation whose draws cannot be told apart by copy, by name, with what to do: rows that are
             no multiple of the copies, `torch.randperm`, a generator of the model's own, dropout inside a fused
-            attention kernel or cuDNN's recurrent networks, recurrent dropout over a `PackedSequence`, numpy's
-            or Python's random numbers (seen on leaving).
+            attention kernel or cuDNN's recurrent networks, recurrent dropout over a `PackedSequence`; and on leaving,
+            numbers that numpy, Python or a kernel outside of torch's operations drew meanwhile.
         ValueError: no copies, a copy twice or below 0, or `num_samples` below 1.
 
     >>> x = torch.ones(2, 8)
@@ -111,7 +121,7 @@ def copy_streams(
         if torch.cuda.is_available():
             # the fused kernels draw inside; the math backend's dropout is an operation that can be cut into rows
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        entry = _Entry(torch.default_generator.get_state(), random.getstate(), np.random.get_state())
+        entry = _Entry.now()
         torch.default_generator.manual_seed(_mix(seed, update, shard))
         try:
             with _CopyStreams(tuple(copies), num_samples):
@@ -130,7 +140,7 @@ class _CopyStreams(RandomOps):
 
     def on_draw(self, call: RandomCall) -> Any:
         if call.kind in (FUSED_ATTENTION, CUDNN_RNN):
-            if call.dropout == 0:
+            if not call.drops_out:
                 return call.run()
             raise RuntimeError(_fused_refusal(call))
         key = _next_key()
@@ -139,9 +149,10 @@ class _CopyStreams(RandomOps):
                 f"{call.name} draws from a generator that the model passes itself, so its copies cannot have streams "
                 "of their own; let it use torch's default generator, or train without reproducible copies"
             )
-        if draws_are_shared() or (call.shape in ((), (1,)) and call.kind not in (PERMUTATION, UNKNOWN)):
+        has_rows = call.kind not in (PERMUTATION, UNKNOWN) and call.has_rows
+        if draws_are_shared() or (has_rows and call.shape == ()):
             return self.draw(call, _mix(key, _SHARED))
-        if call.kind in (PERMUTATION, UNKNOWN):
+        if not has_rows:
             raise RuntimeError(
                 f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
                 "all copies, wrap it in `with seqba.shared_draws():`, else train without reproducible copies"
@@ -215,6 +226,8 @@ def _next_key() -> int:
 def _mix(*numbers: int) -> int:
     """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
 
+    torch's CPU generator keeps the low 32 of a seed's bits, its CUDA generator all.
+
     >>> _mix(1, 2) == _mix(1, 2), _mix(1, 2) == _mix(2, 1)
     (True, False)
     """
@@ -251,15 +264,17 @@ def _fused_refusal(call: RandomCall) -> str:
 
 
 def _refuse_other_generators(entry: _Entry) -> None:
-    moved = []
-    if random.getstate() != entry.python_state:
+    now, moved = _Entry.now(), []
+    if now.python_state != entry.python_state:
         moved.append("Python's random")
-    now = np.random.get_state()
-    if any(not np.array_equal(a, b) for a, b in zip(now, entry.numpy_state, strict=True)):
+    if any(not np.array_equal(a, b) for a, b in zip(now.numpy_state, entry.numpy_state, strict=True)):
         moved.append("numpy.random")
+    # torch's own draws on the device put its generator back: what moved it is a kernel that torch does not tag
+    if entry.cuda_state is not None and now.cuda_state is not None and not entry.cuda_state.equal(now.cuda_state):
+        moved.append("the CUDA generator in a kernel of its own (flash attention, for one)")
     if moved:
         raise RuntimeError(
             f"the model drew from {' and '.join(moved)} during the pass, which no stream of a copy covers (SpecAugment "
-            "and some LayerDrops do): such a draw is one for all copies and differs between plans. Switch it off, draw "
-            "with torch instead, or train without reproducible copies"
+            "and some LayerDrops do): such a draw differs between plans. Switch it off, draw with torch instead, or "
+            "train without reproducible copies"
         )

@@ -45,6 +45,8 @@ def start_accelerator(
         )
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
+    if report_to is not None and not accelerator.log_with:
+        raise UserError(f"--report-to {report_to}: it is not installed (python -m pip install {report_to})")
     use_all_cores(accelerator)
     set_seed(seed, device_specific=True)
     return accelerator

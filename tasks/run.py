@@ -186,6 +186,8 @@ class Run:
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, **parts: Stateful) -> None:
         """Name what a checkpoint holds, and continue from the newest good one where the run is resumed."""
         self._model, self._optimizer, self._parts = model, optimizer, parts
+        if self.accelerator.scaler is not None:
+            self._parts = {**parts, "scaler": self.accelerator.scaler}
         if not self.resume:
             return
         path, damaged = find_checkpoint(self.folder / "checkpoints")
@@ -195,19 +197,31 @@ class Run:
             self.say("nothing to resume from: starting at update 1")
             self._cut_metrics(0)
             return
-        checkpoint = load_checkpoint(path, model=model, optimizer=optimizer)
-        self.progress = Progress(**checkpoint.counters["progress"])
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.counters[name])
+        try:
+            self._restore(path)
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{path} does not fit this run: {error}") from error
+        self.say(f"resumed at update {self.progress.update} from {path}")
+
+    def _restore(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path, model=self._model, optimizer=self._optimizer)
         if len(checkpoint.rng) != self.accelerator.num_processes:
             raise RunError(
-                f"{path} was saved by {len(checkpoint.rng)} processes and is resumed by "
+                f"it was saved by {len(checkpoint.rng)} processes and is resumed by "
                 f"{self.accelerator.num_processes}; resume with as many"
             )
+        for name, part in self._parts.items():
+            part.load_state_dict(checkpoint.counters[name])
+        self.progress = progress = Progress(**checkpoint.counters["progress"])
+        if progress.best_update is not None and not self._checkpoint(progress.best_update).is_dir():
+            self.say(f"the best checkpoint, of update {progress.best_update}, is gone: the best from here on is kept")
+            progress.best_update = progress.best_loss = None
         set_rng_state(checkpoint.rng[self.accelerator.process_index])
         self._saved_update = checkpoint.update
         self._cut_metrics(checkpoint.update)
-        self.say(f"resumed at update {checkpoint.update} from {path}")
+
+    def _checkpoint(self, update: int) -> Path:
+        return self.folder / "checkpoints" / f"update-{update:06d}"
 
     def save(self) -> None:
         """Write a checkpoint of the present update, unless it has one."""
@@ -240,7 +254,7 @@ class Run:
         """Put the weights with the lowest validation loss into the model."""
         if self.progress.best_update is None or self.progress.best_update == self.progress.update:
             return
-        load_checkpoint(self.folder / "checkpoints" / f"update-{self.progress.best_update:06d}", model=self._model)
+        load_checkpoint(self._checkpoint(self.progress.best_update), model=self._model)
 
     def _cut_metrics(self, update: int) -> None:
         """Drop what was logged after the checkpoint: those updates are done again."""
@@ -275,6 +289,7 @@ class Run:
             self._tick()
             self.save()
         if self.interrupted:
+            self.accelerator.end_training()
             self.say(f"stopped after update {self.progress.update}; the same command with --resume continues it")
 
     def record(self, update: int, result: UpdateResult, sample_ids: Sequence[int]) -> None:
@@ -302,12 +317,14 @@ class Run:
         self._tick()
         row = self._close_window(lr)
         if valid_loss is not None:
+            if not math.isfinite(valid_loss):
+                raise NonFiniteError(f"the validation loss after update {self.progress.update} is {valid_loss}")
             row["valid_loss"] = valid_loss
             if self.progress.best_loss is None or valid_loss < self.progress.best_loss:
                 self.progress.best_loss, self.progress.best_update = valid_loss, self.progress.update
         if self.accelerator.is_main_process:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "update" and v is not None}, step=row["update"])
 
     def save_if_due(self) -> None:
@@ -352,8 +369,9 @@ class Run:
         progress.target_tokens += int(pending.result.num_targets)
         progress.window_updates += 1
         progress.window_loss += loss
-        progress.window_norm += norm
-        progress.window_clipped += int(self.max_norm is not None and norm > self.max_norm)
+        if math.isfinite(norm):  # where it is not, the scaler skipped the step
+            progress.window_norm += norm
+            progress.window_clipped += int(self.max_norm is not None and norm > self.max_norm)
         self._show(loss * self.accelerator.num_processes)
 
     def _describe_non_finite(self, pending: _Pending, loss: float, norm: float) -> str:
@@ -408,6 +426,22 @@ class Run:
             f"{self.progress.seen_instances:,} seen",
             refresh=False,
         )
+
+
+@dataclass(frozen=True)
+class SameData:
+    """Refuses to resume on other data: its state is the data's fingerprint."""
+
+    fingerprint: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fingerprint."""
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where the data is not what it was."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError("the text is not the one that the run was begun with; start a new run for it")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class BatchStream:
-    """Batches for ever, epoch after epoch, moved to the device.
+    """Batches for ever, epoch after epoch, moved to the device (their `sample_ids` stay with the host).
 
     Its position is counted where batches are taken, not where workers prefetch them, so that a resumed stream goes
     on with exactly the batch that was due.
@@ -42,6 +42,7 @@ class BatchStream:
         sampler: this rank's batches of indices.
         collate: list of samples -> dictionary of tensors of B rows.
         device: where batches go.
+        seed: of the workers' own random numbers, with the position.
         num_workers: loader processes; 0 collates in the training process.
     """
 
@@ -52,10 +53,12 @@ class BatchStream:
         collate: Callable[[list], dict[str, Any]],
         *,
         device: torch.device,
+        seed: int,
         num_workers: int = 0,
     ) -> None:
-        self.sampler, self.device = sampler, device
+        self.sampler, self.device, self.seed = sampler, device, seed
         self.epoch, self.position = 0, 0
+        self._generator = torch.Generator()  # its own: the loader must not draw from the one that dropout uses
         self._loader: DataLoader[Any] = DataLoader(
             Numbered(dataset, collate),  # type: ignore[arg-type]
             batch_sampler=sampler,
@@ -63,7 +66,7 @@ class BatchStream:
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # its own: the loader must not draw from the one that dropout uses
+            generator=self._generator,
         )
         self._batches: Iterator[Any] | None = None
 
@@ -74,6 +77,7 @@ class BatchStream:
     def _next(self) -> dict[str, Any]:
         if self._batches is None:
             self.sampler.set_epoch(self.epoch, self.position)
+            self._generator.manual_seed(hash((self.seed, self.epoch, self.position)) & 0xFFFF_FFFF)
             self._batches = iter(self._loader)
         try:
             batch = next(self._batches)
@@ -83,7 +87,7 @@ class BatchStream:
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
             return self._next()
         self.position += 1
-        return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+        return {name: x if name == SAMPLE_IDS else x.to(self.device, non_blocking=True) for name, x in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the sampler says of its data."""

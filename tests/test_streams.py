@@ -220,12 +220,22 @@ def test_masks_keep_the_right_share_and_are_uncorrelated_between_copies():
             assert abs(float(pair[0, 1])) < 4 / n**0.5
 
 
+def test_one_number_a_copy_is_the_same_fused_and_alone():
+    def number(copies):
+        with copy_streams(copies, seed=1, update=2, num_samples=B):
+            return torch.rand(len(current_copies()))
+
+    fused = number(range(M))
+    assert len(set(fused.tolist())) == M
+    assert torch.equal(torch.cat([number((copy,)) for copy in range(M)]), fused)
+
+
 def test_scalar_draws_and_draws_stated_as_shared_are_one_for_all_copies_and_plans():
     def numbers(copies):
         with copy_streams(copies, seed=1, update=2, num_samples=B):
-            scalar, vector = torch.rand([]), torch.rand(1)
+            scalar = torch.rand([])
             with shared_draws():
-                return scalar, vector, torch.rand(7, 5), torch.randperm(9), torch.rand(len(copies) * B, 2)[:B]
+                return scalar, torch.rand(1), torch.rand(7, 5), torch.randperm(9), torch.rand(len(copies) * B, 2)[:B]
 
     for fused, alone in zip(numbers((0, 1)), numbers((3,)), strict=True):
         assert torch.equal(fused, alone)
@@ -250,6 +260,10 @@ def test_what_cannot_be_told_apart_by_copy_is_refused_by_name():
     with pytest.raises(RuntimeError, match=r"3 copies of 4 samples"):
         within(lambda: torch.rand(6, 5), num_samples=4)
     assert within(lambda: torch.rand(3, 5), num_samples=4).shape == (3, 5)  # a mask a copy
+    with pytest.raises(RuntimeError, match=r"shape \(1,\)"):
+        within(lambda: torch.rand(1))
+    with pytest.raises(RuntimeError, match=r"aten\.multinomial\.default has no rows"):
+        within(lambda: torch.multinomial(torch.ones(24), 5))
     with pytest.raises(RuntimeError, match=r"aten\.randperm"):
         within(lambda: torch.randperm(6))
     with pytest.raises(RuntimeError, match="a generator that the model passes itself"):

@@ -184,6 +184,10 @@ def test_a_preset_is_data_and_any_option_overrides_it():
         (["--width", "30", "--num-heads", "4"], r"--width must be a multiple of 2 \* --num-heads = 8, got 30"),
         (["--max-updates", "0"], "--max-updates must be at least 1, got 0"),
         (["--train-prefix", "x"], "needs --train-prefix and --valid-prefix"),
+        (["--bam", "4"], "unknown option --bam 4"),
+        (["--max-norm", "0"], r"--max-norm must be above 0 and finite, got 0\.0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--log-every", "0"], "--log-every must be at least 1, got 0"),
         (["--test-prefix", "x"], "needs --train-prefix and --valid-prefix"),
     ],
 )

@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from tasks.errors import UserError
+
+_LEAST = {
+    "ba_m": 1, "max_tokens": 1, "accumulation": 1, "max_updates": 1, "warmup_updates": 1, "num_proc": 1, "num_beams": 1,
+    "log_every": 1, "eval_every": 1, "save_every": 1, "keep_checkpoints": 1, "num_layers": 1, "num_heads": 1,
+    "ffn_width": 1, "width": 2, "max_length": 2, "vocab_size": 1, "seed": 0, "corpus_seed": 0, "num_workers": 0,
+}  # fmt: skip
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -44,11 +51,9 @@ class TranslationConfig:
     source_lang: str = _option("en", "ending of the source files")
     target_lang: str = _option("de", "ending of the target files")
     vocab_size: int = _option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
-    max_length: int = _option(
-        250, "longest sentence in pieces, eos included; longer training pairs are dropped, counted"
-    )
+    max_length: int = _option(250, "longest sentence in pieces, eos included; longer pairs are dropped and counted")
     cache_dir: str = _option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
-    num_proc: int = _option(1, "processes that preprocess")
+    num_proc: int = _option(1, "threads that preprocess")
     num_workers: int = _option(0, "processes that collate batches; 0 collates in the training process")
 
     # model: MarianConfig as a Transformer; the four dropouts are the transform T
@@ -73,8 +78,9 @@ class TranslationConfig:
     cpu: bool = _option(False, "train on the processor even where an accelerator is at hand")
 
     # the run
-    output_dir: str | None = _option(None, "the run folder; by default runs/translation-PRESET-mM-seedSEED")
-    seed: int = _option(0, "seed of the weights, the data order, the masks and the generated corpus")
+    output_dir: str | None = _option(None, "the run folder; by default runs/translation-TEXT-mM-seedSEED")
+    seed: int = _option(0, "seed of the weights, the data order and the masks")
+    corpus_seed: int = _option(0, "seed of the generated corpus, its test sentences too")
     resume: bool = _option(False, "continue the run in --output-dir from its newest good checkpoint, exactly")
     log_every: int = _option(25, "updates between rows of metrics.jsonl")
     eval_every: int = _option(100, "updates between validations")
@@ -87,9 +93,13 @@ class TranslationConfig:
     length_penalty: float = _option(0.6, "finished beams are ranked by log-probability / length^this")
 
     def __post_init__(self) -> None:
-        for name in ("ba_m", "max_tokens", "accumulation", "max_updates", "warmup_updates", "num_proc", "num_beams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr_scale", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{_flag(name)} must be above 0 and finite, got {value}")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
@@ -113,7 +123,8 @@ class TranslationConfig:
     @property
     def folder(self) -> str:
         """The run folder."""
-        return self.output_dir or f"runs/translation-{self.preset}-m{self.ba_m}-seed{self.seed}"
+        text = "generated" if self.is_generated else Path(self.train_prefix[0]).name
+        return self.output_dir or f"runs/translation-{text}-m{self.ba_m}-seed{self.seed}"
 
 
 _BASE = {
@@ -157,7 +168,9 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
     if named.preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")
     parser.set_defaults(**PRESETS[named.preset])
-    (config,) = parser.parse_args_into_dataclasses(argv)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
     return config
 
 

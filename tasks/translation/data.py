@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MarianTokenizer
 
+from seqba.loss import IGNORE_INDEX
 from tasks.translation.text import DROP_REASONS, DataError, ParallelText, describe_dropped, fingerprint
 from tasks.translation.tokenizer import atomic_folder, load_tokenizer, tokenizer_fingerprint
 
-IGNORE_INDEX = -100  # labels that count in no loss
 Sample: TypeAlias = Mapping[str, Sequence[int] | NDArray[np.int32]]
 
 _CHUNK = 10_000  # pairs encoded at once: a record batch of the file

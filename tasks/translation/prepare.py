@@ -12,7 +12,7 @@ from transformers import MarianTokenizer
 from tasks.translation.config import TranslationConfig
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
-from tasks.translation.text import ParallelText, clean, describe_dropped, read_parallel
+from tasks.translation.text import ParallelText, clean, describe_dropped, fingerprint, read_parallel
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -20,7 +20,8 @@ from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 class Corpus:
     """A translation task, ready to train: encoded pairs, their lengths, and the test text as text.
 
-    `description` says in a line what the data is, for the model card.
+    `description` says in a line what the data is, for the model card; `fingerprint` names the content of the
+    training and validation text.
     """
 
     tokenizer: MarianTokenizer
@@ -31,6 +32,7 @@ class Corpus:
     valid_lengths: npt.NDArray[np.int32]
     test: ParallelText | None
     description: str
+    fingerprint: str
 
 
 def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callable[[str], None]) -> Corpus:
@@ -59,6 +61,7 @@ def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callabl
         valid_lengths=valid_lengths,
         test=test,
         description=_describe(config, len(train_set)),
+        fingerprint=fingerprint(train) + fingerprint(valid),
     )
 
 
@@ -66,7 +69,7 @@ def _texts(
     config: TranslationConfig, say: Callable[[str], None]
 ) -> tuple[ParallelText, ParallelText, ParallelText | None]:
     if config.is_generated:
-        corpus = generate_corpus(seed=config.seed)
+        corpus = generate_corpus(seed=config.corpus_seed)
         say("no data named: training on the built-in generated English-German corpus")
         return corpus["train"], corpus["valid"], corpus["test"]
 
@@ -100,6 +103,6 @@ def _encoded(
 
 def _describe(config: TranslationConfig, pairs: int) -> str:
     if config.is_generated:
-        return f"the built-in generated corpus, seed {config.seed}, {pairs:,} training pairs"
+        return f"the built-in generated corpus, seed {config.corpus_seed}, {pairs:,} training pairs"
     names = ", ".join(Path(prefix).name for prefix in config.train_prefix)
     return f"{names}: {pairs:,} training pairs"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import MarianMTModel
 
@@ -14,7 +15,7 @@ from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep
 from tasks.errors import UserError
 from tasks.machine import start_accelerator
-from tasks.run import INTERRUPTED, Cadence, Run, set_learning_rate
+from tasks.run import INTERRUPTED, Cadence, Run, SameData, set_learning_rate
 from tasks.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.card import save_model_folder
 from tasks.translation.config import MAY_DIFFER, TranslationConfig, as_json
@@ -74,14 +75,14 @@ def train(config: TranslationConfig) -> None:
         f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
     )
     accelerator.init_trackers("translation", config=None)
-    run.attach(model, optimizer, stream=stream)
+    run.attach(model, optimizer, stream=stream, step=step, data=SameData(corpus.fingerprint))
 
     # ---- the loop
     for update in run.updates():
         batches = stream.take(config.accumulation)
+        sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
         lr = set_learning_rate(optimizer, learning_rate(update))
         result = step(batches, update=update)
-        sample_ids = [int(n) for batch in batches for n in batch[SAMPLE_IDS]]
         run.record(update, result, sample_ids)
         valid_loss = None
         if run.is_due(config.eval_every):
@@ -125,8 +126,18 @@ def _stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus)
             batches_per_update=config.accumulation,
         )
     except ValueError as error:  # a pair longer than the budget; pieces are known only now
-        raise UserError(f"--max-tokens {config.max_tokens}: {error}") from error
-    return BatchStream(corpus.train, sampler, corpus.collate, device=accelerator.device, num_workers=config.num_workers)
+        raise UserError(
+            f"--max-tokens {config.max_tokens} is too small for a pair of {int(corpus.train_lengths.max())} pieces; "
+            "raise it, or drop long pairs by a lower --max-length"
+        ) from error
+    return BatchStream(
+        corpus.train,
+        sampler,
+        corpus.collate,
+        device=accelerator.device,
+        seed=config.seed,
+        num_workers=config.num_workers,
+    )
 
 
 def _finish(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel) -> None:
@@ -177,6 +188,7 @@ def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
         eos_token_id=corpus.tokenizer.eos_token_id,
         max_length=config.max_length,
     )
+    set_seed(config.seed, device_specific=True)  # the weights are equal on all ranks, the masks are not
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
