@@ -9,6 +9,8 @@ from seqba.loss import count_targets as count_targets
 from seqba.loss import linear_cross_entropy as linear_cross_entropy
 from seqba.loss import token_cross_entropy as token_cross_entropy
 from seqba.random_ops import shared_draws as shared_draws
+from seqba.random_state import rng_state as rng_state
+from seqba.random_state import set_rng_state as set_rng_state
 from seqba.repeat import copy_ids as copy_ids
 from seqba.repeat import fold as fold
 from seqba.repeat import repeat_batch as repeat_batch

@@ -219,24 +219,44 @@ def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
 
 TWO_RANKS = """
 import dataclasses
+import json
 import sys
+import torch
 from distributed import report
 from tasks.translation import prepare
 from tasks.translation import train as training
 from tasks.translation.corpus import generate_corpus
 from test_run import TINY
 
+folder, cache, changes = sys.argv[1:]
+changes = json.loads(changes)
 prepare.generate_corpus = lambda seed: generate_corpus(seed=seed, train=600, valid=40, test=12)
-config = dataclasses.replace(TINY, cpu=False, output_dir=sys.argv[1], cache_dir=sys.argv[2], reproducible_copies=True)
-training.train(config)
-report(True)
+stop_at = changes.pop("stop_at", None)
+whole = training.TrainStep.__call__
+masks = []
+
+def call(self, batches, *, update):
+    if update == stop_at:
+        report(masks)
+        sys.exit(0)
+    if not masks:
+        masks.append(torch.nn.functional.dropout(torch.ones(50), 0.5).tolist())
+    return whole(self, batches, update=update)
+
+training.TrainStep.__call__ = call
+training.train(dataclasses.replace(TINY, cpu=False, output_dir=folder, cache_dir=cache, **changes))
+report(masks)
 """
+
+
+def two_ranks(folder, cache, **changes):
+    return run_ranks(TWO_RANKS, 2, args=[str(folder), cache, json.dumps(changes)])
 
 
 @pytest.mark.trap(42)
 @pytest.mark.trap(43)
 def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path, cache):
-    run_ranks(TWO_RANKS, 2, args=[str(tmp_path / "two"), cache])
+    two_ranks(tmp_path / "two", cache, reproducible_copies=True)
     one = run(tmp_path / "one", cache, accumulation=2, reproducible_copies=True)
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")]
     assert [r["num_processes"] for r in results] == [2, 1]
@@ -250,3 +270,14 @@ def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path,
         # the gradient of a key's bias is zero but for rounding, which Adam blows up to its full step
         if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(two[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.trap(24)
+def test_two_ranks_draw_their_own_masks_and_resume_bitwise(tmp_path, cache):
+    first, second = two_ranks(tmp_path / "straight", cache)
+    assert first != second  # without streams too, a rank's copies are under masks of its own
+    two_ranks(tmp_path / "killed", cache, stop_at=7)
+    two_ranks(tmp_path / "killed", cache, resume=True)
+    straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")

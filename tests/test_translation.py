@@ -101,8 +101,8 @@ def translator(tmp_path_factory):
 def test_translations_come_in_the_order_of_the_sources_whatever_their_lengths(translator):
     model, tokenizer, sources = translator
     accelerator = Accelerator(cpu=True)
-    together = translate(accelerator, model, tokenizer, sources, max_tokens=64)
-    alone = [translate(accelerator, model, tokenizer, [source])[0] for source in sources]
+    together = translate(accelerator, model, tokenizer, sources, max_tokens=64, max_new_tokens=11)
+    alone = [translate(accelerator, model, tokenizer, [source], max_new_tokens=11)[0] for source in sources]
     assert together == alone
     assert len(set(together)) > 5  # the order could be seen to be wrong
     assert model.training  # put back as it was
@@ -222,7 +222,7 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
     beams, ids, texts = json.loads(done.stdout.splitlines()[-1])
     assert beams == 2
     assert 0 not in ids[1:-1]  # padding is never emitted
-    assert texts == translate(Accelerator(cpu=True), model, tokenizer, [sources[3]])
+    assert texts == translate(Accelerator(cpu=True), model, tokenizer, [sources[3]], max_new_tokens=11)
     card = (tmp_path / "model" / "README.md").read_text()
     for part in ("M = 4", "the data", str(score), "AutoModelForSeq2SeqLM", "AutoTokenizer"):
         assert part in card

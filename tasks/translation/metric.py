@@ -40,7 +40,11 @@ def score_bleu(hypotheses: Sequence[str], references: Sequence[str], decoding: s
 
 
 def describe_decoding(num_beams: int, length_penalty: float) -> str:
-    """Beam width and the formula that ranks finished beams: transformers', not GNMT's ((5+L)/6)^a."""
+    """Beam width and the formula that ranks finished beams: transformers', not GNMT's ((5+L)/6)^a.
+
+    >>> describe_decoding(4, 0.6)
+    'beam 4, log-probability / L^0.6'
+    """
     if num_beams == 1:
         return "greedy, no length penalty"
     return f"beam {num_beams}, log-probability / L^{length_penalty}"
@@ -65,7 +69,8 @@ def translate(
         sources: sentences; an empty one is translated like any other, one longer than the model's positions is cut
             (`count_truncated`).
         max_tokens: padded source tokens of a batch; like lengths share a batch.
-        generation: what `generate` should do otherwise than the model's `generation_config`.
+        generation: what `generate` should do otherwise than the model's `generation_config`, and than stopping at
+            twice the longest source of a batch plus 20 pieces.
 
     Returns:
         One translation a source, in their order.
@@ -80,11 +85,16 @@ def translate(
     with accelerator.autocast():
         for batch in _batches_by_length(mine, ids, max_tokens):
             padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt").to(accelerator.device)
-            output = model.generate(**padded, **generation)
+            output = model.generate(**padded, **{**_length_limit(model, padded.input_ids.shape[1]), **generation})
             found += zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
     model.train(was_training)
     translations = dict(gather_object(found))
     return [translations[n] for n in range(len(ids))]
+
+
+def _length_limit(model: MarianMTModel, source_length: int) -> dict[str, int]:
+    """Twice the source and 20 pieces more: a model that has not learnt to stop would fill every position."""
+    return {"max_new_tokens": min(2 * source_length + 20, model.config.max_position_embeddings - 1)}
 
 
 def count_truncated(model: MarianMTModel, tokenizer: MarianTokenizer, sources: Sequence[str]) -> int:
