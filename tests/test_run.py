@@ -209,7 +209,8 @@ def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
         pytest.skip("one core: all of them is what the launcher gives")
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
+    # as the README has it: with --cpu the launcher would export the cores by itself
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     assert launched(script, accelerate) == cores
     assert launched(script, accelerate, OMP_NUM_THREADS="1") == 1
     assert launched(script, [*accelerate, "--num_cpu_threads_per_process", "1"]) == 1

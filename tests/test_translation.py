@@ -137,14 +137,8 @@ def test_the_length_penalty_is_the_formula_that_is_named(translator):
     model.eval()
     batch = tokenizer(sources[:1], return_tensors="pt")
     for penalty in (0.0, 0.6, 2.0):
-        out = model.generate(
-            **batch,
-            num_beams=4,
-            length_penalty=penalty,
-            output_scores=True,
-            return_dict_in_generate=True,
-            max_length=12,
-        )
+        said = decoding_config(model, num_beams=4, length_penalty=penalty, max_length=12)
+        out = model.generate(**batch, generation_config=said, output_scores=True, return_dict_in_generate=True)
         tokens = out.sequences[:, 1:]
         logits = model(**batch, decoder_input_ids=out.sequences[:, :-1]).logits.log_softmax(-1)
         log_probability = logits.gather(2, tokens[..., None]).sum()
