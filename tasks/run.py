@@ -104,12 +104,13 @@ class Run:
         folder: the run folder, made where it does not exist.
         config: all options, JSON values; a resumed run must have the same, `may_differ` aside.
         cadence: how often it logs, validates and saves.
+        num_copies: M, for the count of instances seen.
         max_norm: the clipping threshold, for the clip fraction; None where nothing is clipped.
+        resume: continue from the newest good checkpoint; where there is none, start at update 1 and say so.
         may_differ: names of options that a resumed run may change.
 
     Raises:
-        RunError: the folder already holds a run and `resume` is off, or is resumed with another configuration, or
-            has nothing to resume from.
+        RunError: the folder already holds a run and `resume` is off, or is resumed with another configuration.
     """
 
     accelerator: Accelerator
