@@ -19,6 +19,7 @@ from seqba import repeat_batch
 from tasks.translation import data as data_module
 from tasks.translation.data import (
     IGNORE_INDEX,
+    LengthLimit,
     LineEncoder,
     TokenPairs,
     TranslationCollator,
@@ -224,6 +225,31 @@ def test_truncated_sides_are_those_of_the_tokenizer_and_counted(encoded, tokeniz
     assert counts["truncated"] == int((lengths(encoded[0]) > max_length).sum())
 
 
+@pytest.mark.parametrize("max_ratio", [1.0, 1.1, 1.5, 2.0, 9.5])
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_uneven_pairs_are_dropped_by_the_rule_said_pair_by_pair(tokenizer, tmp_path, max_ratio, too_long):
+    short, longer = "a dog", " ".join(["the big dog"] * 9)
+    text = ParallelText([*TEXT.source, short, longer, longer, ""], [*TEXT.target, longer, longer, short, "Hund"])
+    limits = {"max_length": 40, "too_long": too_long}
+    dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path, max_ratio=max_ratio, **limits)
+    sides = [[len(ids) - 1 for ids in tokenizer(side)["input_ids"]] for side in (text.source, text.target)]
+    kept, uneven = 0, 0
+    for a, b in zip(*sides, strict=True):
+        if min(a, b) == 0 or (too_long == "drop" and max(a, b) >= 40):
+            continue
+        limit = max(9.0, max_ratio) if max(a, b) <= 10 else max_ratio
+        uneven += max(a, b) / min(a, b) > limit
+        kept += max(a, b) / min(a, b) <= limit
+    assert uneven >= 2 * (too_long == "truncate")
+    assert (len(dataset), counts["length_ratio"]) == (kept, uneven)
+    assert len(dataset) + sum(counts[reason] for reason in DROP_REASONS) == len(text)
+
+
+def test_short_pairs_may_be_nine_times_apart():
+    lengths = [np.array(side) + 1 for side in ([1, 1, 2, 5, 5, 40], [9, 10, 11, 8, 8, 41])]  # with eos
+    assert LengthLimit(max_ratio=1.5).is_uneven(*lengths).tolist() == [False, True, True, False, False, False]
+
+
 def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"no pair is left of 1: dropped 1 empty"):
         encode_pairs(ParallelText(["a"], [""]), tokenizer, cache_dir=tmp_path)
@@ -235,6 +261,7 @@ def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, t
     [
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2.* got 1"),
+        ({"max_ratio": 0.9}, r"max_ratio must be at least 1, got 0\.9"),
         ({"too_long": "cut"}, "too_long must be 'drop' or 'truncate', got 'cut'"),
     ],
 )

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from distributed import run_ranks
 from tasks.metrics import read_metrics
 from tasks.run import NonFiniteError, RunError
-from tasks.translation import prepare
+from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.config import TranslationConfig
 from tasks.translation.corpus import generate_corpus
+from tasks.translation.text import read_lines
 
 TINY = TranslationConfig(
     width=16,
@@ -49,8 +50,8 @@ def little_text(monkeypatch):
     monkeypatch.setattr(
         prepare, "generate_corpus", lambda seed: generate_corpus(seed=seed, train=600, valid=40, test=12)
     )
-    whole = training.translate
-    monkeypatch.setattr(training, "translate", lambda *a, **k: whole(*a, max_new_tokens=12, **k))
+    whole = result.translate
+    monkeypatch.setattr(result, "translate", lambda *a, **k: whole(*a, max_new_tokens=12, **k))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -101,11 +102,12 @@ def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
     assert (folder / "curve.png").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert results["num_processes"] == 1
-    assert results["signature"].startswith("nrefs:1|case:mixed")
+    assert results["tests"]["generated"]["signature"].startswith("nrefs:1|case:mixed")
     assert results["seconds"] > 0
     said = capsys.readouterr().out
-    assert "test BLEU" in said
-    assert results["signature"] in said
+    assert f"test generated: BLEU {results['tests']['generated']['bleu']:.2f}" in said
+    assert results["tests"]["generated"]["signature"] in said
+    assert len(read_lines(folder / "hyp.generated.txt")) == 12
 
 
 @pytest.mark.trap(21)
@@ -141,7 +143,7 @@ def test_a_killed_run_resumed_is_bitwise_the_undisturbed_one(changes, tmp_path, 
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert rows(straight) == rows(killed)
     last, again = (json.loads((f / "results.json").read_text()) for f in (straight, killed))
-    assert last["bleu"] == again["bleu"]
+    assert last["tests"] == again["tests"]
 
 
 def test_resuming_before_anything_was_saved_starts_over(tmp_path, cache, monkeypatch):
@@ -224,9 +226,10 @@ import json
 import sys
 import torch
 from distributed import report
-from tasks.translation import prepare
+from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.corpus import generate_corpus
+from tasks.translation.text import read_lines
 from test_run import TINY
 
 folder, cache, changes = sys.argv[1:]

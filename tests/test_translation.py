@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
 from tasks.errors import UserError
-from tasks.translation.config import PRESETS, TranslationConfig, option_names, parse_config
+from tasks.translation.config import PRESETS, TranslationConfig, may_differ, option_names, parse_config
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.metric import describe_decoding, score_bleu, translate
 from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+from tasks.translation.train import learning_rate
 
 SMALL = {
     "width": 24, "ffn_width": 40, "num_layers": 2, "num_heads": 4, "dropout": 0.1, "attention_dropout": 0.2,
@@ -172,7 +174,7 @@ def test_a_preset_is_data_and_any_option_overrides_it():
         (["--ba-m", "0"], "--ba-m must be at least 1, got 0"),
         (["--ba-m", "4", "--copies-per-pass", "5"], "--copies-per-pass must be auto or from 1 to --ba-m 4, got 5"),
         (["--copies-per-pass", "some"], "--copies-per-pass must be auto or from 1"),
-        (["--preset", "nothing"], "--preset must be one of generated, transformer-base, got nothing"),
+        (["--preset", "nothing"], "--preset must be one of generated, transformer-base, .*, got nothing"),
         (["--dropout", "1"], r"--dropout is a probability, from 0 to below 1, got 1\.0"),
         (["--label-smoothing", "-0.1"], r"--label-smoothing is a probability.*got -0\.1"),
         (["--width", "30", "--num-heads", "4"], r"--width must be a multiple of 2 \* --num-heads = 8, got 30"),
@@ -183,11 +185,50 @@ def test_a_preset_is_data_and_any_option_overrides_it():
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--log-every", "0"], "--log-every must be at least 1, got 0"),
         (["--test-prefix", "x"], "needs --train-prefix and --valid-prefix"),
+        (["--max-length-ratio", "0.5"], r"--max-length-ratio must be at least 1, got 0\.5"),
+        (["--lr-decay", "steps"], "--lr-decay must be one of inverse-sqrt, linear, cosine, got steps"),
+        (
+            ["--lr-decay", "cosine", "--max-updates", "9", "--warmup-updates", "9"],
+            "9 must be below --max-updates 9",
+        ),
+        (
+            ["--preset", "multi30k-small"],
+            r"reads multi30k/train, .* --data-dir or \$SEQBA_DATA .*; neither is",
+        ),
     ],
 )
-def test_a_bad_option_is_named_with_its_limit(argv, message):
+def test_a_bad_option_is_named_with_its_limit(argv, message, monkeypatch):
+    monkeypatch.delenv("SEQBA_DATA", raising=False)
     with pytest.raises(UserError, match=message):
         parse_config(argv)
+
+
+def test_a_preset_with_text_reads_it_under_the_data_folder_and_is_overridden_by_options(monkeypatch):
+    monkeypatch.setenv("SEQBA_DATA", "from-environment")
+    assert parse_config(["--preset", "multi30k-small"]).valid_prefix == str(Path("from-environment/multi30k/val"))
+    config = parse_config(
+        ["--preset", "multi30k-small", "--data-dir", "here", "--dropout", "0.3", "--test-prefix", "t"]
+    )
+    assert config.train_prefix == [str(Path("here/multi30k/train"))]
+    assert config.test_prefix == ["t"]
+    assert (config.dropout, config.attention_dropout, config.max_updates) == (0.3, 0.2, 3_000)
+    wmt = parse_config(["--preset", "transformer-base-wmt16"])
+    assert wmt.train_prefix == ["datasets:wmt/wmt16:de-en:train"]
+    own = parse_config(["--preset", "transformer-base-ende", "--train-prefix", "a", "--valid-prefix", "b"])
+    assert (own.train_prefix, own.valid_prefix, own.test_prefix) == (["a"], "b", [])
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_rate_that_falls_to_the_last_update_ends_at_zero_and_fixes_that_update(decay):
+    config = TranslationConfig(lr_decay=decay, warmup_updates=10, max_updates=100, width=64, num_heads=2, lr_scale=0.5)
+    rate = learning_rate(config)
+    peak = 0.5 * (64 * 10) ** -0.5
+    assert rate(10) == pytest.approx(peak)
+    assert rate(5) == pytest.approx(peak / 2)
+    assert rate(55) == pytest.approx(peak / 2)  # half way down, a line and half a cosine are equal
+    assert rate(100) == pytest.approx(0.0, abs=1e-12)
+    assert "max_updates" not in may_differ(config)
+    assert "max_updates" in may_differ(TranslationConfig())
 
 
 # ---- the model folder, in a fresh process
@@ -209,7 +250,7 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
     model, tokenizer, sources = translator
     score = score_bleu(["a b c d e"], ["a b c d f"], describe_decoding(2, 0.6))
     config = TranslationConfig(ba_m=4)
-    save_model_folder(tmp_path / "model", model, tokenizer, config, data="the data", updates=7, score=score)
+    save_model_folder(tmp_path / "model", model, tokenizer, config, data="the data", updates=7, scores={"a set": score})
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "model"), sources[3]], capture_output=True, text=True, check=True
     )
@@ -218,7 +259,7 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
     assert 0 not in ids[1:-1]  # padding is never emitted
     assert texts == translate(Accelerator(cpu=True), model, tokenizer, [sources[3]], max_new_tokens=11)
     card = (tmp_path / "model" / "README.md").read_text()
-    for part in ("M = 4", "the data", str(score), "AutoModelForSeq2SeqLM", "AutoTokenizer"):
+    for part in ("M = 4", "the data", f"a set: {score}", "AutoModelForSeq2SeqLM", "AutoTokenizer"):
         assert part in card
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     batch = {k: v for k, v in a_batch(len(tokenizer)).items() if k != "labels"}

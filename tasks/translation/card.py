@@ -1,5 +1,6 @@
 """The model folder: weights, tokenizer, decoding defaults, and a card that says how it was made."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import MarianMTModel, MarianTokenizer
@@ -17,17 +18,18 @@ def save_model_folder(
     *,
     data: str,
     updates: int,
-    score: BleuScore | None,
+    scores: Mapping[str, BleuScore],
 ) -> None:
     """Write a folder that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load, with its card in README.md."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", _card(folder, config, data, updates, score))
+    write_text(folder / "README.md", _card(folder, config, data, updates, scores))
 
 
-def _card(folder: Path, config: TranslationConfig, data: str, updates: int, score: BleuScore | None) -> str:
+def _card(folder: Path, config: TranslationConfig, data: str, updates: int, scores: Mapping[str, BleuScore]) -> str:
     source, target = config.source_lang, config.target_lang
-    result = f"{score}" if score else "not scored: the run had no test text"
+    results = [f"- {name}: {score}" for name, score in scores.items()]
+    result = "\n".join(results or ["not scored: the run had no test text"])
     passes = f"copies per pass {config.copies_per_pass}, reproducible copies {config.reproducible_copies}"
     dropouts = (
         f"{config.dropout} on embeddings and residual branches, {config.attention_dropout} on attention weights, "
@@ -54,7 +56,9 @@ tags:
 | batch | {config.max_tokens:,} padded tokens before repetition, times {config.accumulation} a rank |
 | dropout, the random transform T | {dropouts} |
 
-Test: {result}
+Test:
+
+{result}
 
 The best checkpoint was chosen on the validation text. To load the model, from the folder that holds `{folder.name}`:
 

@@ -1,19 +1,24 @@
 """The options of a translation run, and the presets: named values that any option overrides."""
 
+import os
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from tasks.errors import UserError
+from tasks.translation.hub import describe
+from tasks.translation.presets import PRESETS, TEXTS, text_of_preset
 
 _LEAST = {
     "ba_m": 1, "max_tokens": 1, "accumulation": 1, "max_updates": 1, "warmup_updates": 1, "num_proc": 1, "num_beams": 1,
     "log_every": 1, "eval_every": 1, "save_every": 1, "keep_checkpoints": 1, "num_layers": 1, "num_heads": 1,
     "ffn_width": 1, "width": 2, "max_length": 2, "vocab_size": 1, "seed": 0, "corpus_seed": 0, "num_workers": 0,
 }  # fmt: skip
+
+LR_DECAYS = ("inverse-sqrt", "linear", "cosine")
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -42,16 +47,24 @@ class TranslationConfig:
     # data
     train_prefix: list[str] = field(
         default_factory=list,
-        metadata={"help": "parallel training text: P for files P.en and P.de (plain, .gz or .xz); several are joined"},
+        metadata={
+            "help": "parallel training text: P for files P.en and P.de (plain, .gz or .xz), or "
+            "datasets:NAME:CONFIG:SPLIT for a data set of the hub or a folder; several are joined"
+        },
     )
     valid_prefix: str | None = _option(None, "parallel text that chooses the best checkpoint")
     test_prefix: list[str] = field(
-        default_factory=list, metadata={"help": "parallel test text, translated and scored once, at the end"}
+        default_factory=list,
+        metadata={"help": "parallel test text, translated and scored at the end, each by itself"},
     )
+    data_dir: str | None = _option(None, "folder of the text that a preset names; by default $SEQBA_DATA")
     source_lang: str = _option("en", "ending of the source files")
     target_lang: str = _option("de", "ending of the target files")
     vocab_size: int = _option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
     max_length: int = _option(250, "longest sentence in pieces, eos included; longer pairs are dropped and counted")
+    max_length_ratio: float | None = _option(
+        None, "drop training pairs whose longer side has over this many times the pieces of the shorter (9 if short)"
+    )
     cache_dir: str = _option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
     num_proc: int = _option(1, "threads that preprocess")
     num_workers: int = _option(0, "processes that collate batches; 0 collates in the training process")
@@ -69,8 +82,11 @@ class TranslationConfig:
     max_tokens: int = _option(512, "padded tokens in a batch, max(source, target) times pairs, before repetition")
     accumulation: int = _option(1, "batches of a rank in one update")
     max_updates: int = _option(800, "updates (optimizer steps)")
-    warmup_updates: int = _option(150, "updates of linear warm-up; the learning rate falls with update^-0.5 afterwards")
-    lr_scale: float = _option(0.35, "factor on width^-0.5 min(update^-0.5, update warmup^-1.5)")
+    warmup_updates: int = _option(150, "updates of linear warm-up")
+    lr_scale: float = _option(0.35, "the learning rate's peak is this times (width * warmup-updates)^-0.5")
+    lr_decay: str = _option(
+        "inverse-sqrt", "fall of the rate after its peak: inverse-sqrt, or linear or cosine to 0 at max-updates"
+    )
     label_smoothing: float = _option(0.1, "probability mass spread evenly over the vocabulary")
     max_norm: float | None = _option(None, "clip the gradient to this L2 norm; not clipped by default")
     mixed_precision: str | None = _option(None, "no, bf16 or fp16; by default what accelerate is configured to")
@@ -96,6 +112,8 @@ class TranslationConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(self, name)}")
+        if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
+            raise UserError(f"--max-length-ratio must be at least 1, got {self.max_length_ratio}")
         for name in ("lr_scale", "max_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -103,6 +121,13 @@ class TranslationConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
+        if self.lr_decay not in LR_DECAYS:
+            raise UserError(f"--lr-decay must be one of {', '.join(LR_DECAYS)}, got {self.lr_decay}")
+        if self.lr_decay != "inverse-sqrt" and self.warmup_updates >= self.max_updates:
+            raise UserError(
+                f"--warmup-updates {self.warmup_updates} must be below --max-updates {self.max_updates}: "
+                f"--lr-decay {self.lr_decay} falls between them"
+            )
         if self.width % (2 * self.num_heads):
             raise UserError(f"--width must be a multiple of 2 * --num-heads = {2 * self.num_heads}, got {self.width}")
         if self.copies_per_pass != "auto" and not (
@@ -123,38 +148,37 @@ class TranslationConfig:
     @property
     def folder(self) -> str:
         """The run folder."""
-        text = "generated" if self.is_generated else Path(self.train_prefix[0]).name
+        if self.preset in TEXTS:
+            text = self.preset
+        else:
+            text = "generated" if self.is_generated else describe(self.train_prefix[0]).replace(":", "-")
         return self.output_dir or f"runs/translation-{text}-m{self.ba_m}-seed{self.seed}"
 
 
-_BASE = {
-    "vocab_size": 32_000,
-    "width": 512,
-    "ffn_width": 2_048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "max_tokens": 4_096,
-    "max_updates": 100_000,
-    "warmup_updates": 4_000,
-    "lr_scale": 1.0,
-    "log_every": 100,
-    "eval_every": 1_000,
-    "save_every": 1_000,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {"generated": {}, "transformer-base": _BASE}
-
-# What a resumed run may change: nothing that reaches the weights.
+# What a resumed run may change: nothing that reaches the weights. (The text is compared by its content.)
 MAY_DIFFER = (
     "resume",
     "output_dir",
     "report_to",
     "cache_dir",
+    "data_dir",
+    "train_prefix",
+    "valid_prefix",
+    "test_prefix",
     "num_proc",
     "num_workers",
     "max_updates",
     "keep_checkpoints",
+    "num_beams",
+    "length_penalty",
 )
+
+
+def may_differ(config: TranslationConfig) -> tuple[str, ...]:
+    """The options that resuming `config` may change; not the last update, where the learning rate falls towards it."""
+    if config.lr_decay == "inverse-sqrt":
+        return MAY_DIFFER
+    return tuple(name for name in MAY_DIFFER if name != "max_updates")
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
@@ -167,11 +191,17 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
     named, _ = parser.parse_known_args(argv)
     if named.preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")
-    parser.set_defaults(**PRESETS[named.preset])
+    parser.set_defaults(**PRESETS[named.preset], **_text_of(named))
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
     return config
+
+
+def _text_of(named: Namespace) -> dict[str, Any]:
+    if named.preset not in TEXTS or named.train_prefix:  # text of the user's own
+        return {}
+    return text_of_preset(named.preset, named.data_dir or os.environ.get("SEQBA_DATA"))
 
 
 def as_json(config: TranslationConfig) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from tasks.translation.tokenizer import atomic_folder, load_tokenizer, tokenizer
 Sample: TypeAlias = Mapping[str, Sequence[int] | NDArray[np.int32]]
 
 _CHUNK = 10_000  # pairs encoded at once: a record batch of the file
-_LAYOUT = 1  # of the folder; raise it and cached folders are made anew
+_LAYOUT = 2  # of the folder; raise it and cached folders are made anew
+_SHORT = 10  # pieces of the longer side of a short pair
+_SHORT_RATIO = 9.0  # and the ratio that its sides may have
 _ID_LIST = pa.list_(pa.int32())
 _SCHEMA = pa.schema({"input_ids": _ID_LIST, "labels": _ID_LIST, "length": pa.int32()})
 
@@ -39,16 +41,31 @@ class Ragged(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """What happens to a pair with a side over `max_length` ids (eos included): dropped, or cut to it."""
+    """What happens to a pair for its lengths, in ids with eos.
+
+    A side over `max_length`: the pair is dropped, or its sides are cut to it. Sides whose pieces (eos aside) are over
+    `max_ratio` apart, longer / shorter: the pair is dropped; of short pairs, with at most 10 pieces on the longer
+    side, only over 9 apart, since a word or two more is no sign of a bad translation there.
+    """
 
     max_length: int | None = None
     too_long: Literal["drop", "truncate"] = "drop"
+    max_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise DataError(f"max_length must be at least 2, a piece and eos, got {self.max_length}")
         if self.too_long not in ("drop", "truncate"):
             raise DataError(f"too_long must be 'drop' or 'truncate', got {self.too_long!r}")
+        if self.max_ratio is not None and not self.max_ratio >= 1:
+            raise DataError(f"max_ratio must be at least 1, got {self.max_ratio}")
+
+    def is_uneven(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which pairs of these lengths break `max_ratio`."""
+        if self.max_ratio is None:
+            return np.zeros(len(source), dtype=np.bool_)
+        longer, shorter = np.maximum(source, target) - 1, np.minimum(source, target) - 1
+        return longer > np.where(longer <= _SHORT, max(_SHORT_RATIO, self.max_ratio), self.max_ratio) * shorter
 
 
 def encode_pairs(
@@ -59,6 +76,7 @@ def encode_pairs(
     num_proc: int = 1,
     max_length: int | None = None,
     too_long: Literal["drop", "truncate"] = "drop",
+    max_ratio: float | None = None,
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Encode every pair, or find them in the cache, as a data set that stays on disk.
 
@@ -72,6 +90,7 @@ def encode_pairs(
         num_proc: cores that encode. SentencePiece's own threads use them, nothing is forked or pickled.
         max_length: the most ids a side may have, eos included.
         too_long: a pair over `max_length` is dropped, or its sides are cut to it, eos kept.
+        max_ratio: the longer side's pieces over the shorter's; see `LengthLimit`.
 
     Returns:
         The data set: `input_ids` and `labels` (unpadded, eos included) and `length`, the longer side's ids.
@@ -82,7 +101,7 @@ def encode_pairs(
     """
     if num_proc < 1:
         raise DataError(f"num_proc must be at least 1, got {num_proc}")
-    limit = LengthLimit(max_length, too_long)
+    limit = LengthLimit(max_length, too_long, max_ratio)
     if not isinstance(tokenizer, MarianTokenizer):
         tokenizer = load_tokenizer(tokenizer)
     folder = Path(cache_dir) / f"pairs-{_cache_key(text, tokenizer, limit)}"
@@ -120,6 +139,12 @@ class TokenPairs(torch.utils.data.Dataset[dict[str, NDArray[np.int32]]]):
 
     def __len__(self) -> int:
         return int(self._chunk_ends[-1])
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Ids of all sources and of all targets, eos included."""
+        source, target = (int((column.ends - column.starts).sum(dtype=np.int64)) for column in self._columns)
+        return source, target
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int32]]:
         return self.__getitems__([index])[0]
@@ -273,18 +298,20 @@ def _admit(
     source: Ragged, target: Ragged, limit: LengthLimit, eos: int, counts: dict[str, int]
 ) -> tuple[Ragged, Ragged]:
     """Apply the rules about lengths to a chunk, and add what they did to `counts`."""
+    lengths = np.maximum(source.lengths, target.lengths)
     is_empty = (source.lengths <= 1) | (target.lengths <= 1)  # nothing but eos
+    is_long = ~is_empty & (lengths > (limit.max_length or np.inf))
+    is_dropped = is_long & (limit.too_long == "drop")
+    is_uneven = ~(is_empty | is_dropped) & limit.is_uneven(source.lengths, target.lengths)
+    keep = ~(is_empty | is_dropped | is_uneven)
     counts["empty"] += int(is_empty.sum())
-    if limit.max_length is None:
-        return _select(source, ~is_empty), _select(target, ~is_empty)
-    is_long = ~is_empty & (np.maximum(source.lengths, target.lengths) > limit.max_length)
-    if limit.too_long == "drop":
-        counts["too_long"] += int(is_long.sum())
-        keep = ~(is_empty | is_long)
-        return _select(source, keep), _select(target, keep)
-    counts["truncated"] += int(is_long.sum())
-    cut = (_truncate(_select(side, ~is_empty), limit.max_length, eos) for side in (source, target))
-    return next(cut), next(cut)
+    counts["too_long"] += int(is_dropped.sum())
+    counts["length_ratio"] += int(is_uneven.sum())
+    counts["truncated"] += int((is_long & keep).sum())
+    kept = [_select(side, keep) for side in (source, target)]
+    if limit.max_length is not None:
+        kept = [_truncate(side, limit.max_length, eos) for side in kept]
+    return kept[0], kept[1]
 
 
 def _select(rows: Ragged, keep: NDArray[np.bool_]) -> Ragged:

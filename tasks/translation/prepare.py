@@ -12,13 +12,14 @@ from transformers import MarianTokenizer
 from tasks.translation.config import TranslationConfig
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
+from tasks.translation.hub import describe, is_dataset, read_dataset
 from tasks.translation.text import ParallelText, clean, describe_dropped, fingerprint, read_parallel
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A translation task, ready to train: encoded pairs, their lengths, and the test text as text.
+    """A translation task, ready to train: encoded pairs, their lengths, and the test sets as text, by name.
 
     `description` says in a line what the data is, for the model card; `fingerprint` names the content of the
     training and validation text.
@@ -30,7 +31,7 @@ class Corpus:
     train_lengths: npt.NDArray[np.int32]
     valid: TokenPairs
     valid_lengths: npt.NDArray[np.int32]
-    test: ParallelText | None
+    tests: dict[str, ParallelText]
     description: str
     fingerprint: str
 
@@ -47,7 +48,10 @@ def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callabl
         DataError: the text cannot be read or leaves nothing to train on.
     """
     with accelerator.main_process_first():
-        train, valid, test = _texts(config, say)
+        train, valid, tests = _texts(config, say)
+        for name, text in {"validation": valid, **tests}.items():
+            if shared := _shared_sources(train, text):
+                say(f"{name} text: {shared:,} of {len(text):,} source sentences are in the training text too")
         folder = train_tokenizer(train, config.vocab_size, config.cache_dir)
         tokenizer = load_tokenizer(folder)
         train_set, train_lengths = _encoded("training", train, tokenizer, config, say)
@@ -59,7 +63,7 @@ def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callabl
         train_lengths=train_lengths,
         valid=valid_set,
         valid_lengths=valid_lengths,
-        test=test,
+        tests=tests,
         description=_describe(config, len(train_set)),
         fingerprint=fingerprint(train) + fingerprint(valid),
     )
@@ -67,22 +71,56 @@ def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callabl
 
 def _texts(
     config: TranslationConfig, say: Callable[[str], None]
-) -> tuple[ParallelText, ParallelText, ParallelText | None]:
+) -> tuple[ParallelText, ParallelText, dict[str, ParallelText]]:
     if config.is_generated:
         corpus = generate_corpus(seed=config.corpus_seed)
         say("no data named: training on the built-in generated English-German corpus")
-        return corpus["train"], corpus["valid"], corpus["test"]
+        return corpus["train"], corpus["valid"], {"generated": corpus["test"]}
 
-    def read(name: str, prefixes: Sequence[str]) -> ParallelText:
-        text, dropped = clean(read_parallel(prefixes, config.source_lang, config.target_lang))
-        say(f"{name} text: {len(text):,} pairs from {', '.join(prefixes)}; {describe_dropped(dropped)}")
+    def read(name: str, sources: Sequence[str]) -> ParallelText:
+        text, dropped = clean(read_sources(sources, config.source_lang, config.target_lang))
+        say(f"{name} text: {len(text):,} pairs from {', '.join(sources)}; {describe_dropped(dropped)}")
         return text
 
     assert config.valid_prefix is not None
-    test = None
-    if config.test_prefix:  # nothing of a test set is ever dropped
-        test = read_parallel(config.test_prefix, config.source_lang, config.target_lang)
-    return read("training", config.train_prefix), read("validation", [config.valid_prefix]), test
+    # nothing of a test set is ever dropped
+    tests = {
+        name: read_sources([source], config.source_lang, config.target_lang)
+        for name, source in unique_names(config.test_prefix).items()
+    }
+    return read("training", config.train_prefix), read("validation", [config.valid_prefix]), tests
+
+
+def read_sources(sources: Sequence[str], source_lang: str, target_lang: str) -> ParallelText:
+    """Read and join text sources, each a prefix of two files or a data set (`hub.read_dataset`).
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    joined = ParallelText([], [])
+    for source in sources:
+        read = read_dataset(source, source_lang, target_lang) if is_dataset(source) else None
+        text = read or read_parallel([source], source_lang, target_lang)
+        joined.source.extend(text.source)
+        joined.target.extend(text.target)
+    return joined
+
+
+def unique_names(sources: Sequence[str]) -> dict[str, str]:
+    """Text sources by a short name each, by their full one where two short ones are equal.
+
+    >>> unique_names(["a/test", "b/test", "b/valid"])
+    {'a/test': 'a/test', 'b/test': 'b/test', 'valid': 'b/valid'}
+    """
+    short = [describe(source) for source in sources]
+    return {name if short.count(name) == 1 else source: source for name, source in zip(short, sources, strict=True)}
+
+
+def _shared_sources(train: ParallelText, other: ParallelText) -> int:
+    """How many of the other text's source sentences stand in the training text too."""
+    sources = set(other.source)
+    known = sources.intersection(train.source)
+    return sum(source in known for source in other.source)
 
 
 def _encoded(
@@ -95,14 +133,18 @@ def _encoded(
         num_proc=config.num_proc,
         max_length=config.max_length,
         too_long="drop",
+        max_ratio=config.max_length_ratio if name == "training" else None,
     )
     if any(dropped.values()):
-        say(f"{name} text: {describe_dropped(dropped)} (over --max-length {config.max_length} pieces)")
+        limits = f"--max-length {config.max_length}" + (
+            f", --max-length-ratio {config.max_length_ratio}" if dropped["length_ratio"] else ""
+        )
+        say(f"{name} text: {describe_dropped(dropped)} ({limits}, in pieces); {len(dataset):,} pairs are left")
     return TokenPairs(dataset), lengths(dataset)
 
 
 def _describe(config: TranslationConfig, pairs: int) -> str:
     if config.is_generated:
         return f"the built-in generated corpus, seed {config.corpus_seed}, {pairs:,} training pairs"
-    names = ", ".join(Path(prefix).name for prefix in config.train_prefix)
+    names = ", ".join(describe(source) for source in config.train_prefix)
     return f"{names}: {pairs:,} training pairs"

@@ -1,5 +1,6 @@
 """Train a translation model, M copies of every pair in an update: the loop, top to bottom."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from tasks.errors import UserError
 from tasks.machine import start_accelerator
 from tasks.run import INTERRUPTED, Cadence, Run, SameData, set_learning_rate
 from tasks.stream import SAMPLE_IDS, BatchStream
-from tasks.translation.card import save_model_folder
-from tasks.translation.config import MAY_DIFFER, TranslationConfig, as_json
-from tasks.translation.metric import count_truncated, describe_decoding, score_bleu, translate
-from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config, summed_loss
+from tasks.translation.config import TranslationConfig, as_json, may_differ
+from tasks.translation.model import TranslationLoss, build_model, count_parameters, summed_loss
 from tasks.translation.prepare import Corpus, prepare
+from tasks.translation.result import write_result
 
 
 def train(config: TranslationConfig) -> None:
@@ -47,7 +47,7 @@ def train(config: TranslationConfig) -> None:
         num_copies=config.ba_m,
         max_norm=config.max_norm,
         resume=config.resume,
-        may_differ=MAY_DIFFER,
+        may_differ=may_differ(config),
     )
 
     # ---- data and model
@@ -57,9 +57,7 @@ def train(config: TranslationConfig) -> None:
     optimizer = torch.optim.Adam(loss_model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-9)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
     stream = _stream(config, accelerator, corpus)
-    learning_rate = partial(
-        schedule.transformer, width=config.width, warmup_updates=config.warmup_updates, scale=config.lr_scale
-    )
+    rate = learning_rate(config)
     step = TrainStep(
         accelerator,
         wrapped,
@@ -74,6 +72,7 @@ def train(config: TranslationConfig) -> None:
         f"{count_parameters(model):,} parameters, {len(corpus.train):,} training pairs, M = {config.ba_m}, "
         f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
     )
+    run.say(_describe_update(config, corpus, stream))
     accelerator.init_trackers("translation", config=None)
     run.attach(model, optimizer, stream=stream, step=step, data=SameData(corpus.fingerprint))
 
@@ -81,7 +80,7 @@ def train(config: TranslationConfig) -> None:
     for update in run.updates():
         batches = stream.take(config.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
-        lr = set_learning_rate(optimizer, learning_rate(update))
+        lr = set_learning_rate(optimizer, rate(update))
         result = step(batches, update=update)
         run.record(update, result, sample_ids)
         valid_loss = None
@@ -94,7 +93,7 @@ def train(config: TranslationConfig) -> None:
 
     # ---- the result: the checkpoint with the lowest validation loss, scored once
     run.load_best()
-    _finish(config, run, corpus, model)
+    write_result(config, run, corpus, model)
 
 
 @torch.no_grad()
@@ -140,37 +139,25 @@ def _stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus)
     )
 
 
-def _finish(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel) -> None:
-    accelerator = run.accelerator
-    model.generation_config = decoding_config(
-        model, num_beams=config.num_beams, length_penalty=config.length_penalty, max_length=config.max_length
+def _describe_update(config: TranslationConfig, corpus: Corpus, stream: BatchStream) -> str:
+    """What an update sees on average, as "tokens a batch" means many things."""
+    updates = len(stream.sampler) / config.accumulation  # of an epoch; a rank's batches, several at a time
+    source, target = (total / updates for total in corpus.train.num_tokens)
+    return (
+        f"an update has {len(corpus.train) / updates:,.0f} pairs of {source:,.0f} source and {target:,.0f} target "
+        f"tokens (mean over all ranks, no padding), each {config.ba_m} times; "
+        f"{updates:,.0f} updates an epoch"
     )
-    score, results = None, {}
-    if corpus.test is not None:
-        cut = count_truncated(model, corpus.tokenizer, corpus.test.source)
-        run.say(
-            f"translating {len(corpus.test):,} test sentences" + (f", {cut} cut to {config.max_length}" if cut else "")
-        )
-        hypotheses = translate(accelerator, model, corpus.tokenizer, corpus.test.source)
-        score = score_bleu(hypotheses, corpus.test.target, describe_decoding(config.num_beams, config.length_penalty))
-        results = {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding}
-        for source, hypothesis, reference in list(zip(corpus.test.source, hypotheses, corpus.test.target, strict=True))[
-            :5
-        ]:
-            run.say(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
-    if accelerator.is_main_process:
-        save_model_folder(
-            run.folder / "model",
-            model,
-            corpus.tokenizer,
-            config,
-            data=corpus.description,
-            updates=run.progress.best_update or run.progress.update,
-            score=score,
-        )
-    run.finish(results)
-    run.say(f"\ntest {score}" if score else "\nno --test-prefix: nothing was scored")
-    run.say(f"{run.folder}: model/, curve.png, results.json, metrics.jsonl")
+
+
+def learning_rate(config: TranslationConfig) -> Callable[[int], float]:
+    """update -> rate: a linear warm-up to lr_scale * (width * warmup)^-0.5, and the decay that was asked for."""
+    warmup, total = config.warmup_updates, config.max_updates
+    if config.lr_decay == "inverse-sqrt":
+        return partial(schedule.transformer, width=config.width, warmup_updates=warmup, scale=config.lr_scale)
+    decay = schedule.linear if config.lr_decay == "linear" else schedule.cosine
+    peak = config.lr_scale * (config.width * warmup) ** -0.5
+    return partial(decay, peak_lr=peak, warmup_updates=warmup, total_updates=total)
 
 
 def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:

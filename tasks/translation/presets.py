@@ -1,0 +1,99 @@
+"""The presets of a translation run: options by name, and text where a preset has one. Any option overrides them."""
+
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import UserError
+from tasks.translation.hub import is_dataset
+
+_BASE = {
+    "vocab_size": 32_000,
+    "width": 512,
+    "ffn_width": 2_048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "max_length_ratio": 1.5,
+    "max_tokens": 4_096,
+    "max_updates": 100_000,
+    "warmup_updates": 4_000,
+    "lr_scale": 1.0,
+    "log_every": 100,
+    "eval_every": 1_000,
+    "save_every": 1_000,
+}
+_MULTI30K = {
+    "vocab_size": 8_000,
+    "width": 256,
+    "ffn_width": 1_024,
+    "num_layers": 3,
+    "dropout": 0.2,
+    "attention_dropout": 0.2,
+    "activation_dropout": 0.2,
+    "max_tokens": 1_024,
+    "max_updates": 3_000,
+    "warmup_updates": 500,
+    "lr_scale": 0.6,
+    "lr_decay": "cosine",
+    "log_every": 50,
+    "eval_every": 250,
+    "save_every": 250,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "generated": {},
+    "transformer-base": _BASE,
+    "transformer-base-wmt16": _BASE,
+    "transformer-base-ende": _BASE,
+    "multi30k-small": _MULTI30K,
+}
+
+# The text of a preset that has one: relative prefixes are under --data-dir.
+TEXTS: dict[str, dict[str, Any]] = {
+    # wmt16's own validation and test splits are newstest2015 and 2016; the paper reports on newstest2014
+    "transformer-base-wmt16": {
+        "train_prefix": ["datasets:wmt/wmt16:de-en:train"],
+        "valid_prefix": "datasets:wmt/wmt14:de-en:validation",
+        "test_prefix": ["datasets:wmt/wmt14:de-en:test"],
+    },
+    "transformer-base-ende": {
+        "train_prefix": [
+            "ende_msdocs/msdocs.train",
+            "ende_tatoeba/tatoeba.train",
+            "ende_misc/bcontrast.train",
+            "ende_misc/europarl20k",
+            "ende_misc/mlqepe_wiki",
+            "ende_misc/wmt10k",
+        ],
+        "valid_prefix": "wmt_ende/newstest2013",
+        "test_prefix": ["wmt_ende/newstest2014", "ende_msdocs/msdocs.test"],
+    },
+    "multi30k-small": {
+        "train_prefix": ["multi30k/train"],
+        "valid_prefix": "multi30k/val",
+        "test_prefix": ["multi30k/test_2016_flickr", "multi30k/test_2018_flickr"],
+    },
+}
+
+
+def text_of_preset(preset: str, data_dir: str | None) -> dict[str, Any]:
+    """The options that name a preset's text, relative prefixes under `data_dir`.
+
+    Raises:
+        UserError: the text consists of files, and no folder is given.
+    """
+    text = TEXTS[preset]
+    files = [p for p in [*text["train_prefix"], text["valid_prefix"], *text["test_prefix"]] if not is_dataset(p)]
+    if files and data_dir is None:
+        raise UserError(
+            f"--preset {preset} reads {', '.join(files)} (a file of each language) in the folder that --data-dir or "
+            "$SEQBA_DATA names; neither is given"
+        )
+
+    def under(prefix: str) -> str:
+        return prefix if is_dataset(prefix) else str(Path(data_dir or "", prefix))
+
+    return {
+        "train_prefix": [under(prefix) for prefix in text["train_prefix"]],
+        "valid_prefix": under(text["valid_prefix"]),
+        "test_prefix": [under(prefix) for prefix in text["test_prefix"]],
+    }
