@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from seqba.sliced_loss import SlicedLoss
 
 IGNORE_INDEX = -100
 
@@ -81,18 +82,16 @@ def linear_cross_entropy(
     """`token_cross_entropy(F.linear(hidden, weight, bias), labels)` without the (N, V) logits in memory.
 
     With N tokens, the logits and their gradient are the largest tensors of a training step. Here they exist for
-    a slice of max(256, N / 16) tokens at a time. Three ways, all exact, chosen by a rule that can be read here:
+    a slice of max(256, N / 16) tokens at a time. Two ways, both exact, chosen by a rule that can be read here:
 
     - *plain*, all logits at once, where slices save little: fewer than 512 tokens, fewer than 2^24 logits, or
-      V <= D; and under `torch.func` transforms (per-sample gradients) and `torch.compile`, which the other ways
-      do not support;
-    - *chunked*, float32 and float64: torch's own chunked function where torch has it (2.13 does). It computes
-      the gradients in the forward pass. Its smoothing would keep all logits, so eps is added here;
-    - *sliced*, half precision (also by autocast) and older torch: the plain loss slice by slice, each slice's
-      logits computed again in the backward pass; one more matrix product, the arithmetic of the plain way.
+      V <= D; and under `torch.func` transforms (per-sample gradients) and `torch.compile`, which the other way
+      does not support;
+    - *sliced* (`seqba.sliced_loss`): slice by slice, the gradients computed in the forward pass. Matrix products are
+      done in the dtype that `F.linear` would use (autocast's, if it is on), all else in float32 or better.
 
-    The chunked way consumes its gradients: a second backward through the same loss raises, and so does
-    `create_graph=True`; call `token_cross_entropy` on the logits for those.
+    The sliced way has no second derivatives, and raises where they are asked for (`create_graph=True`): call
+    `token_cross_entropy` on the logits for those.
 
     Args:
         hidden: (..., D), what enters the output layer.
@@ -127,69 +126,11 @@ def linear_cross_entropy(
     if is_small or _is_transformed():
         return _summed_nll(F.linear(hidden, weight, bias), labels, label_smoothing)
     rows = max(_MIN_ROWS, -(-num_rows // _MAX_SLICES))
-    # In half precision torch's chunked function returns the sum itself in 16 bits (1 % off after 2 000 tokens in
-    # bfloat16, infinite over 65 504 nats in float16), rounds the incoming gradient, i.e. the 1 / tokens of the
-    # step, to 16 bits, and adds up the chunks' weight gradients in 16 bits. Full precision has none of this.
-    if dtype in (torch.float32, torch.float64) and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return _chunked_nll(hidden, weight, bias, labels, label_smoothing, rows)
-    return _sliced_nll(hidden, weight, bias, labels, label_smoothing, rows, dtype)
-
-
-def _chunked_nll(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, rows: int
-) -> Tensor:
-    """The loss by torch's chunked function, hidden (N, D), labels (N,); ignored rows of `hidden` are zero.
-
-    It falls back to all logits as soon as it is asked to smooth. With the logits l_i = W h_i + b, and as
-    -log p_i[v] = log Z_i - l_i[v], the smoothed loss of a token differs from the plain one by
-        eps * (l_i[y_i] - mean_v l_i[v]) = eps * (h_i . (W[y_i] - mean_v W[v]) + b[y_i] - mean_v b[v]),
-    which needs no logits.
-    """
-    # Left to itself it takes 32 rows a chunk at N = 1 024, D = 512, V = 32 000, and 1.5 times the time of 256.
-    nll: Tensor = F.linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        linear_bias=bias,
-        reduction="sum",
-        ignore_index=IGNORE_INDEX,
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
-    )
-    if nll.requires_grad:
-        nll.register_hook(_refuse_double_backward)
-    if label_smoothing == 0.0:
-        return nll
-    ids = labels.clamp(min=0)
-    margin = (hidden * F.embedding(ids, weight)).sum() - (hidden.sum(0) * weight.mean(0)).sum()
-    if bias is not None:
-        kept = labels != IGNORE_INDEX
-        margin = margin + (bias[ids] * kept).sum() - bias.mean() * kept.sum()
-    return nll + label_smoothing * margin
-
-
-def _sliced_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    label_smoothing: float,
-    rows: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The plain loss of `rows` tokens at a time, their logits computed again in the backward pass."""
-    # The cast to `dtype` is inside a slice, so that the slices' weight gradients meet in float32.
-    master = torch.promote_types(dtype, torch.float32)
-    weight = weight.to(master)
-    bias = None if bias is None else bias.to(master)
-
-    def slice_nll(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _summed_nll(logits, labels, label_smoothing)
-
-    slices = zip(hidden.split(rows), labels.split(rows), strict=True)
-    # Nothing in a slice is random, so there is no random state to restore.
-    nlls = [checkpoint(slice_nll, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in slices]
-    return torch.stack(nlls).sum()
+    # Torch has a chunked function too (2.13), but in half precision it returns the sum itself in 16 bits (1 % off
+    # after 2 000 tokens in bfloat16, infinite over 65 504 nats in float16), rounds the incoming gradient, i.e. the
+    # 1 / tokens of the step, and adds up its chunks' weight gradients in 16 bits; with smoothing it keeps all logits.
+    nll: Tensor = SlicedLoss.apply(hidden, weight, bias, labels, IGNORE_INDEX, label_smoothing, rows, dtype)
+    return nll
 
 
 def _summed_nll(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -201,7 +142,7 @@ def _summed_nll(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tenso
 def _without_ignored(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Ignored rows leave where that saves their work, and become zeros where it would cost a wait.
 
-    Zeros, as the chunked function only multiplies such rows by 0, which would let a NaN in padding through.
+    Zeros, as their gradient is only multiplied by 0 later, which would let a NaN in padding through.
     """
     kept = labels != IGNORE_INDEX
     if not _can_drop_rows(hidden):
@@ -232,15 +173,6 @@ def _linear_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.
 def _is_transformed() -> bool:
     """Whether `torch.func` or a compiler runs this code, in which values cannot be looked at."""
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-
-
-def _refuse_double_backward(grad: Tensor) -> None:
-    """A hook on the chunked loss: under `create_graph=True` its second derivatives would silently be missing."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy keeps no graph of its gradient, so create_graph=True would give wrong second "
-            "derivatives; use token_cross_entropy on the logits"
-        )
 
 
 def _check(label_smoothing: float, rows: torch.Size, vocab_size: int, labels: Tensor) -> None:

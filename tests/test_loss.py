@@ -10,9 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 import seqba.loss
 from seqba.loss import IGNORE_INDEX, count_targets, linear_cross_entropy, token_cross_entropy
 
-HAS_CHUNKED = hasattr(torch.nn, "LinearCrossEntropyOptions")
-needs_chunked = pytest.mark.skipif(not HAS_CHUNKED, reason="this torch has no chunked linear_cross_entropy")
-
 # Enough tokens for three slices of the lean path, the last one short.
 N, D, V = 611, 5, 37
 EPS = [0.0, 0.1, 0.7]
@@ -20,32 +17,29 @@ EPS = [0.0, 0.1, 0.7]
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Toy logits are large enough for the lean ways."""
+    """Toy logits are large enough for the lean way."""
     monkeypatch.setattr(seqba.loss, "_MIN_LOGITS", 0)
 
 
-@pytest.fixture(params=["plain", pytest.param("chunked", marks=needs_chunked), "sliced"])
+@pytest.fixture(params=["plain", "sliced"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_is_large: None) -> str:
-    """Each of the three ways of `linear_cross_entropy` in turn, on the same inputs."""
+    """Each of the two ways of `linear_cross_entropy` in turn, on the same inputs."""
     if request.param == "plain":
         monkeypatch.setattr(seqba.loss, "_MIN_LOGITS", 2**40)
-    if request.param == "sliced":
-        monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     return request.param
 
 
 @pytest.fixture
 def ways_taken(monkeypatch: pytest.MonkeyPatch, small_is_large: None) -> list[str]:
-    """The names of the lean ways taken in the test; empty where the plain one was."""
+    """ "sliced" for each time that the lean way was taken in the test; empty where the plain one was."""
     taken: list[str] = []
-    for name in ("chunked", "sliced"):
-        original = getattr(seqba.loss, f"_{name}_nll")
+    original = seqba.loss.SlicedLoss.apply
 
-        def spy(*args: object, name: str = name, original: Callable = original) -> Tensor:
-            taken.append(name)
-            return original(*args)
+    def spy(*args: object) -> Tensor:
+        taken.append("sliced")
+        return original(*args)
 
-        monkeypatch.setattr(seqba.loss, f"_{name}_nll", spy)
+    monkeypatch.setattr(seqba.loss.SlicedLoss, "apply", spy)
     return taken
 
 
@@ -313,7 +307,7 @@ def test_autocast_leaves_float64_to_the_exact_way(ways_taken):
         loss = linear_cross_entropy(x["hidden"], x["weight"], x["labels"], label_smoothing=0.1)
     del x["bias"]
     torch.testing.assert_close(with_gradients(loss, weight=x["weight"]), twin(x, 0.1, "weight"))
-    assert ways_taken == ["chunked" if HAS_CHUNKED else "sliced"]
+    assert ways_taken == ["sliced"]
 
 
 @pytest.mark.gpu
@@ -353,7 +347,7 @@ def largest_allocation(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
-def test_no_lean_way_makes_a_tensor_near_the_size_of_the_logits(way, ways_taken, precision, trained):
+def test_the_lean_way_makes_no_tensor_near_the_size_of_the_logits(way, ways_taken, precision, trained):
     n, d, v = 5_120, 3, 701
     hidden, weight = torch.randn(n, d, requires_grad=trained), torch.randn(v, d, requires_grad=trained)
     bias, labels = torch.randn(v, requires_grad=trained), torch.randint(v, (n,))
@@ -375,23 +369,6 @@ def test_no_lean_way_makes_a_tensor_near_the_size_of_the_logits(way, ways_taken,
 # which way
 
 
-@needs_chunked
-def test_full_precision_takes_torchs_chunked_function(ways_taken):
-    x = inputs()
-    linear_cross_entropy(x["hidden"], x["weight"], x["labels"])
-    assert ways_taken == ["chunked"]
-
-
-def test_a_torch_without_the_chunked_function_gives_the_same(ways_taken, monkeypatch):
-    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
-    x = inputs()
-    loss = linear_cross_entropy(x["hidden"], x["weight"], x["labels"], bias=x["bias"], label_smoothing=0.1)
-    got = with_gradients(loss, hidden=x["hidden"], weight=x["weight"], bias=x["bias"])
-    torch.testing.assert_close(got, twin(x, 0.1, "hidden", "weight", "bias"))
-    assert ways_taken == ["sliced"]
-
-
 @pytest.mark.parametrize(("n", "d", "v"), [(511, 3, 400), (900, 7, 7), (900, 8, 7)])
 def test_few_tokens_and_few_classes_take_the_plain_way(ways_taken, n, d, v):
     linear_cross_entropy(torch.randn(n, d), torch.randn(v, d), torch.randint(v, (n,)))
@@ -401,8 +378,7 @@ def test_few_tokens_and_few_classes_take_the_plain_way(ways_taken, n, d, v):
 @pytest.mark.parametrize(("n", "lean"), [(512, False), (513, True)])
 def test_logits_of_64_megabytes_take_a_lean_way(monkeypatch, n, lean):
     taken: list[int] = []
-    monkeypatch.setattr(seqba.loss, "_chunked_nll", lambda *args: taken.append(1))
-    monkeypatch.setattr(seqba.loss, "_sliced_nll", lambda *args: taken.append(1))
+    monkeypatch.setattr(seqba.loss.SlicedLoss, "apply", lambda *args: taken.append(1))
     v = 2**24 // 513 + 1
     linear_cross_entropy(torch.zeros(n, 2), torch.zeros(v, 2), torch.zeros(n, dtype=torch.int64))
     assert bool(taken) == lean
@@ -423,34 +399,37 @@ def test_per_sample_gradients_are_those_of_a_loop(ways_taken):
     for i in range(b):
         want = torch.autograd.grad(loss(x["weight"], x["bias"], hidden[i], labels[i]), (x["weight"], x["bias"]))
         torch.testing.assert_close((got[0][i], got[1][i]), want)
-    assert ways_taken == ["chunked" if HAS_CHUNKED else "sliced"] * b
+    assert ways_taken == ["sliced"] * b
 
 
-@pytest.mark.parametrize(("rows", "ways"), [(3, {"sliced"}), (8, set())])
-def test_the_plain_and_the_sliced_way_have_second_derivatives(ways_taken, monkeypatch, rows, ways):
-    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+@pytest.mark.parametrize("rows", [3, 8])
+def test_the_gradient_is_that_of_finite_differences_and_only_the_plain_way_has_a_second_one(
+    ways_taken, monkeypatch, rows
+):
     monkeypatch.setattr(seqba.loss, "_MIN_ROWS", rows)
     x = inputs(9)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, x["labels"], bias=bias, label_smoothing=0.1)
 
-    torch.autograd.gradcheck(loss, (x["hidden"], x["weight"], x["bias"]), fast_mode=True)
-    torch.autograd.gradgradcheck(loss, (x["hidden"], x["weight"], x["bias"]), fast_mode=True)
-    assert set(ways_taken) == ways
-
-
-@needs_chunked
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_the_chunked_way_refuses_second_derivatives_and_a_second_backward(small_is_large, eps):
-    x = inputs()
-    loss = linear_cross_entropy(x["hidden"], x["weight"], x["labels"], label_smoothing=eps)
+    arguments = (x["hidden"], x["weight"], x["bias"])
+    torch.autograd.gradcheck(loss, arguments, fast_mode=True)
+    if rows == 8:
+        torch.autograd.gradgradcheck(loss, arguments, fast_mode=True)
+        assert ways_taken == []
+        return
+    assert ways_taken
     with pytest.raises(RuntimeError, match="use token_cross_entropy on the logits"):
-        torch.autograd.grad(loss * x["bias"].sum(), x["hidden"], create_graph=True)
-    loss = linear_cross_entropy(x["hidden"], x["weight"], x["labels"], label_smoothing=eps)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward called twice"):
-        loss.backward()
+        torch.autograd.grad(loss(*arguments), x["hidden"], create_graph=True)
+
+
+def test_a_second_backward_through_a_kept_graph_gives_the_same_again(way):
+    x = inputs()
+    loss = linear_cross_entropy(x["hidden"], x["weight"], x["labels"], bias=x["bias"], label_smoothing=0.1)
+    names = ("hidden", "weight", "bias")
+    first = torch.autograd.grad(loss, [x[name] for name in names], retain_graph=True)
+    again = torch.autograd.grad(2 * loss, [x[name] for name in names])
+    torch.testing.assert_close(again, tuple(2 * grad for grad in first))
 
 
 # errors

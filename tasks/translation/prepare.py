@@ -1,6 +1,7 @@
 """From text to samples: read or generate, count what is dropped, train the vocabulary, encode."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy.typing as npt
 from accelerate import Accelerator
 from transformers import MarianTokenizer
 
+from tasks.errors import writing
 from tasks.translation.config import TranslationConfig
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
 from tasks.translation.hub import describe, is_dataset, read_dataset
-from tasks.translation.text import ParallelText, clean, describe_dropped, fingerprint, read_parallel
+from tasks.translation.text import DataError, ParallelText, clean, describe_dropped, fingerprint, read_parallel
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -27,6 +29,7 @@ class Corpus:
 
     tokenizer: MarianTokenizer
     collate: TranslationCollator
+    train_text: ParallelText
     train: TokenPairs
     train_lengths: npt.NDArray[np.int32]
     valid: TokenPairs
@@ -52,13 +55,15 @@ def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callabl
         for name, text in {"validation": valid, **tests}.items():
             if shared := _shared_sources(train, text):
                 say(f"{name} text: {shared:,} of {len(text):,} source sentences are in the training text too")
-        folder = train_tokenizer(train, config.vocab_size, config.cache_dir)
-        tokenizer = load_tokenizer(folder)
-        train_set, train_lengths = _encoded("training", train, tokenizer, config, say)
-        valid_set, valid_lengths = _encoded("validation", valid, tokenizer, config, say)
+        with writing(config.cache_dir, remedy="make room, or give another --cache-dir"):
+            folder = train_tokenizer(train, config.vocab_size, config.cache_dir)
+            tokenizer = load_tokenizer(folder)
+            train_set, train_lengths = _encoded("training", train, tokenizer, config, say)
+            valid_set, valid_lengths = _encoded("validation", valid, tokenizer, config, say)
     return Corpus(
         tokenizer=tokenizer,
         collate=TranslationCollator(tokenizer.pad_token_id, decoder_start_token_id=tokenizer.pad_token_id),
+        train_text=train,
         train=train_set,
         train_lengths=train_lengths,
         valid=valid_set,
@@ -78,7 +83,9 @@ def _texts(
         return corpus["train"], corpus["valid"], {"generated": corpus["test"]}
 
     def read(name: str, sources: Sequence[str]) -> ParallelText:
-        text, dropped = clean(read_sources(sources, config.source_lang, config.target_lang))
+        whole = read_sources(sources, config.source_lang, config.target_lang)
+        with _about(f"{name} text from {', '.join(sources)}", remedy="a pair needs both sides"):
+            text, dropped = clean(whole)
         say(f"{name} text: {len(text):,} pairs from {', '.join(sources)}; {describe_dropped(dropped)}")
         return text
 
@@ -126,21 +133,30 @@ def _shared_sources(train: ParallelText, other: ParallelText) -> int:
 def _encoded(
     name: str, text: ParallelText, tokenizer: MarianTokenizer, config: TranslationConfig, say: Callable[[str], None]
 ) -> tuple[TokenPairs, npt.NDArray[np.int32]]:
-    dataset, dropped = encode_pairs(
-        text,
-        tokenizer,
-        cache_dir=Path(config.cache_dir),
-        num_proc=config.num_proc,
-        max_length=config.max_length,
-        too_long="drop",
-        max_ratio=config.max_length_ratio if name == "training" else None,
-    )
-    if any(dropped.values()):
-        limits = f"--max-length {config.max_length}" + (
-            f", --max-length-ratio {config.max_length_ratio}" if dropped["length_ratio"] else ""
+    max_ratio = config.max_length_ratio if name == "training" else None
+    limits = f"--max-length {config.max_length}" + (f", --max-length-ratio {max_ratio}" if max_ratio else "")
+    with _about(f"{name} text", remedy=f"raise {limits} (in pieces)"):
+        dataset, dropped = encode_pairs(
+            text,
+            tokenizer,
+            cache_dir=Path(config.cache_dir),
+            num_proc=config.num_proc,
+            max_length=config.max_length,
+            too_long="drop",
+            max_ratio=max_ratio,
         )
+    if any(dropped.values()):
         say(f"{name} text: {describe_dropped(dropped)} ({limits}, in pieces); {len(dataset):,} pairs are left")
     return TokenPairs(dataset), lengths(dataset)
+
+
+@contextmanager
+def _about(what: str, *, remedy: str) -> Iterator[None]:
+    """Begin the message of a `DataError` with the text that it is about, and end it with what to do."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}; {remedy}") from error
 
 
 def _describe(config: TranslationConfig, pairs: int) -> str:

@@ -1,0 +1,61 @@
+"""The options of `scripts/benchmark.py translation`, and the rows of its table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tasks.errors import UserError
+from tasks.translation.config import TranslationConfig, parse_config
+
+ROWS = ("trainer", "bare", "fused", "waiting", "memory", "preprocessing", "decoding", "streams")
+NEVER = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is timed: the updates of a preset, on its text."""
+
+    preset: str = field(
+        default="",
+        metadata={"help": "of scripts/train_wmt.py; by default multi30k-small where its text is found, else generated"},
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "folder of the preset's text; by default $SEQBA_DATA"})
+    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16, of all that is compared"})
+    ba_m: int = field(default=4, metadata={"help": "M of the rows about Batch Augmentation"})
+    updates: int = field(default=16, metadata={"help": "updates in one timing"})
+    pairs: int = field(default=7, metadata={"help": "timed pairs, A B A B"})
+    sentences: int = field(default=1_000, metadata={"help": "sentences that the decoding row translates"})
+    model: str | None = field(
+        default=None, metadata={"help": "model folder of the decoding row; by default one is trained here for a while"}
+    )
+    cache_dir: str = field(default="runs/cache", metadata={"help": "folder of vocabularies and preprocessed text"})
+    cpu: bool = field(default=False, metadata={"help": "measure on the processor even where an accelerator is at hand"})
+
+    def __post_init__(self) -> None:
+        for name, least in {"ba_m": 2, "updates": 1, "pairs": 2, "sentences": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if wrong := [row for row in self.rows if row not in ROWS]:
+            raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
+
+    def training(self, **changes: Any) -> TranslationConfig:
+        """The run whose updates are timed: it never validates or saves, and logs as the preset does."""
+        folder = self.data_dir or os.environ.get("SEQBA_DATA")
+        preset = self.preset or ("multi30k-small" if folder else "generated")
+        argv: Sequence[str] = ["--preset", preset, *(["--data-dir", folder] if folder else [])]
+        return replace(
+            parse_config(argv),
+            **{
+                "mixed_precision": self.mixed_precision,
+                "cache_dir": self.cache_dir,
+                "cpu": self.cpu,
+                "max_updates": NEVER,
+                "eval_every": NEVER,
+                "save_every": NEVER,
+                **changes,
+            },
+        )

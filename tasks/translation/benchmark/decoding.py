@@ -1,0 +1,62 @@
+"""Translating a test set: batches of like length, against `generate` in the order of the file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.benchmark import Ratio, compare
+from tasks.machine import start_accelerator
+from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.decode import Decoding, translate
+from tasks.translation.prepare import prepare
+from tasks.translation.train import train
+
+_BATCH = 32
+_TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
+
+
+def decoding_ratio(config: BenchmarkConfig) -> tuple[Ratio, int, str]:
+    """Speed of `translate` over the plain loop, how many sentences each translated, and by which model."""
+    accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
+    with tempfile.TemporaryDirectory() as folder:
+        path = config.model or _train(config, folder)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSeq2SeqLM.from_pretrained(path).eval().to(accelerator.device)
+    tests = prepare(config.training(), accelerator, say=lambda text: None).tests
+    sources = [source for text in tests.values() for source in text.source][: config.sentences]
+    ratio = compare(
+        lambda: _in_file_order(accelerator, model, tokenizer, sources),
+        lambda: translate(accelerator, model, tokenizer, sources, decoding=Decoding()),
+        pairs=max(2, config.pairs // 2),
+        warm_up=0,
+    )
+    described = f"model {config.model}" if config.model else f"a model of {_TRAINED_UPDATES} updates"
+    return ratio, len(sources), described
+
+
+@torch.inference_mode()
+def _in_file_order(
+    accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]
+) -> list[str]:
+    translations: list[str] = []
+    for start in range(0, len(sources), _BATCH):
+        batch = tokenizer(list(sources[start : start + _BATCH]), return_tensors="pt", padding=True, truncation=True)
+        with accelerator.autocast():
+            output = model.generate(**batch.to(accelerator.device), num_beams=4, length_penalty=0.6)
+        translations += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return translations
+
+
+def _train(config: BenchmarkConfig, folder: str) -> Path:
+    training = config.training(
+        output_dir=f"{folder}/run", test_prefix=[], lr_decay="inverse-sqrt", warmup_updates=_TRAINED_UPDATES // 2
+    )
+    train(replace(training, max_updates=_TRAINED_UPDATES, eval_every=_TRAINED_UPDATES, save_every=_TRAINED_UPDATES))
+    return Path(folder, "run", "model")

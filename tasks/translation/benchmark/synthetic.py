@@ -1,0 +1,79 @@
+"""An update on one batch of random ids, for what does not depend on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqba.step import TrainStep
+from tasks.machine import start_accelerator
+from tasks.translation.model import TranslationLoss, build_model, summed_loss
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sentence pairs of `length` pieces on both sides, in a Transformer of `num_layers` and `num_layers` layers."""
+
+    num_samples: int = 40
+    length: int = 24
+    vocab_size: int = 8_000
+    width: int = 256
+    num_layers: int = 3
+
+
+def update_of(
+    shape: Shape,
+    *,
+    num_copies: int,
+    copies_per_pass: int,
+    loss_class: Callable[[Any, float], nn.Module] = TranslationLoss,
+    copy_seed: int | None = None,
+    mixed_precision: str = "no",
+    cpu: bool = False,
+) -> Callable[[], float]:
+    """A function that does one update of the training step, and returns its loss when the device has finished."""
+    accelerator = start_accelerator(seed=0, mixed_precision=mixed_precision, cpu=cpu)
+    model = build_model(
+        vocab_size=shape.vocab_size,
+        width=shape.width,
+        ffn_width=4 * shape.width,
+        num_layers=shape.num_layers,
+        num_heads=4,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        pad_token_id=0,
+        eos_token_id=1,
+        max_length=shape.length,
+    )
+    loss_model = loss_class(model, 0.1).train()
+    optimizer = torch.optim.Adam(loss_model.parameters(), lr=1e-5, fused=True)
+    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    step = TrainStep(
+        accelerator,
+        wrapped,
+        optimizer,
+        loss_fn=summed_loss,
+        num_copies=num_copies,
+        copies_per_pass=copies_per_pass,
+        copy_seed=copy_seed,
+    )
+    batch = {name: x.to(accelerator.device) for name, x in _batch(shape).items()}
+    return lambda: float(step([batch], update=1).loss)
+
+
+def _batch(shape: Shape) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.num_samples, shape.length)
+    ids = torch.randint(3, shape.vocab_size, size, generator=generator)
+    labels = torch.randint(3, shape.vocab_size, size, generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "decoder_input_ids": labels.roll(1, dims=1),
+    }

@@ -1,0 +1,195 @@
+"""The table: every row measures two things in turn and says what came out, with the figure it should reach."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.benchmark import Ratio, compare
+from tasks.machine import start_accelerator
+from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.benchmark.decoding import decoding_ratio
+from tasks.translation.benchmark.memory import Plan, peak_bytes
+from tasks.translation.benchmark.synthetic import Shape, update_of
+from tasks.translation.benchmark.trainer import TrainerUpdates
+from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
+from tasks.translation.data import LineEncoder, encode_pairs
+from tasks.translation.prepare import prepare
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured figure; `wanted` is what it should be, `detail` how it came about."""
+
+    name: str
+    figure: str
+    wanted: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.figure} (wanted: {self.wanted})\n    {self.detail}"
+
+
+def trainer(config: BenchmarkConfig) -> list[Row]:
+    """Target tokens a second of the training script over `Seq2SeqTrainer`, both with M = 1."""
+    own, theirs = OwnUpdates(config.training()), TrainerUpdates(config.training())
+    theirs.tune()
+    own.advance(2)
+    ratios, rates = [], []
+    for _ in range(config.pairs):
+        start = time.perf_counter()
+        tokens = own.advance(config.updates)
+        rate = tokens / (time.perf_counter() - start)
+        their_tokens, seconds = theirs.advance(config.updates)
+        rates.append((rate, their_tokens / seconds))
+        ratios.append(rate / rates[-1][1])
+    own.close()
+    low, median, high = statistics.quantiles(ratios, n=4)
+    a, b = (statistics.median(side) for side in zip(*rates, strict=True))
+    ours, padded = theirs.padded_tokens
+    return [
+        Row(
+            "target tokens/s over Seq2SeqTrainer, M=1",
+            f"{median:.3f}",
+            "as far above 1 as possible, 1.1 on CPU, 1.5 on a GPU",
+            f"quartiles {low:.3f} to {high:.3f} of {config.pairs} pairs; medians {a:,.0f} over {b:,.0f} tokens/s; mean "
+            f"padded tokens an update {ours:,.0f} and {padded:,.0f} ({theirs.batch_size} samples, grouped by length, "
+            f"{theirs.num_workers} loader workers, the best of 0, 1 and 2)",
+        )
+    ]
+
+
+def bare(config: BenchmarkConfig) -> list[Row]:
+    """The training script against a bare loop on the same batches, prepared."""
+    training = config.training()
+    own = OwnUpdates(training)
+    loop = BareUpdates(training, num_batches=(config.pairs + 2) * config.updates)
+    ratio = compare(lambda: loop.advance(config.updates), lambda: own.advance(config.updates), pairs=config.pairs)
+    own.close()
+    return [Row("speed over a bare PyTorch loop on prepared tensors, M=1", f"{ratio.median:.3f}", "0.97", str(ratio))]
+
+
+def fused(config: BenchmarkConfig) -> list[Row]:
+    """One fused update of M copies against M updates of one, on the same text and batches."""
+    num_copies = config.ba_m
+    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=str(num_copies)))
+    one = OwnUpdates(config.training())
+    count = max(1, config.updates // num_copies)
+    ratio = compare(lambda: many.advance(count), lambda: one.advance(count * num_copies), pairs=config.pairs, warm_up=1)
+    many.close()
+    one.close()
+    name = f"an update with fused M={num_copies} over {num_copies} updates with M=1 of the same B"
+    return [Row(name, f"{ratio.median:.3f}", "at most 1.0", str(ratio))]
+
+
+def waiting(config: BenchmarkConfig) -> list[Row]:
+    """The share of an update in which the loop waits for its batches, for M = 1 and M = 8."""
+    shares = []
+    for num_copies in (1, 8):
+        own = OwnUpdates(config.training(ba_m=num_copies))
+        own.advance(2)
+        with waiting_for_data() as seconds:
+            start = time.perf_counter()
+            own.advance(config.updates)
+            shares.append((num_copies, sum(seconds) / (time.perf_counter() - start), 1e3 * statistics.median(seconds)))
+        own.close()
+    figure = ", ".join(f"M={m}: {share:.2%}" for m, share, _ in shares)
+    detail = ", ".join(f"M={m}: median {ms:.2f} ms a batch" for m, _, ms in shares)
+    return [Row("share of an update spent waiting for data", figure, "at most 2 %, no growth with M", detail)]
+
+
+def memory(config: BenchmarkConfig) -> list[Row]:
+    """Peak memory of eight copies one after another over one, and of the lean loss over the plain one."""
+
+    def ratio(name: str, wanted: str, a: Plan, b: Plan) -> Row:
+        peaks = [statistics.median(peak_bytes(plan) for _ in range(3)) for plan in (a, b)]
+        detail = f"medians of three processes each: {peaks[0] / 2**20:,.0f} MiB over {peaks[1] / 2**20:,.0f} MiB"
+        return Row(name, f"{peaks[0] / peaks[1]:.3f}", wanted, detail)
+
+    shared = {"mixed_precision": config.mixed_precision, "cpu": config.cpu}
+    wide = Shape(vocab_size=32_000)
+    return [
+        ratio(
+            "peak memory of M=8 with one copy a pass over M=1",
+            "at most 1.1",
+            Plan(8, 1, Shape(), **shared),  # type: ignore[arg-type]
+            Plan(1, 1, Shape(), **shared),  # type: ignore[arg-type]
+        ),
+        ratio(
+            "peak memory of fused M=4, lean loss over the plain one, V=32 000",
+            "at most 0.6",
+            Plan(4, 4, wide, lean=True, **shared),  # type: ignore[arg-type]
+            Plan(4, 4, wide, lean=False, **shared),  # type: ignore[arg-type]
+        ),
+    ]
+
+
+def preprocessing(config: BenchmarkConfig) -> list[Row]:
+    """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
+    training = config.training()
+    accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
+    corpus = prepare(training, accelerator, say=lambda text: None)
+    text, tokenizer = corpus.train_text, corpus.tokenizer
+
+    def own() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            encode_pairs(text, tokenizer, cache_dir=Path(folder), max_length=training.max_length)
+
+    def loop() -> None:
+        for side, is_target in ((text.source, False), (text.target, True)):
+            processor = LineEncoder(tokenizer, is_target=is_target).processor
+            for start in range(0, len(side), 1_000):
+                processor.encode(side[start : start + 1_000], out_type=int, add_eos=True, num_threads=1)
+
+    ratio = compare(loop, own, pairs=config.pairs, warm_up=1)
+    name = f"preprocessing speed over a bare batch encode loop, {len(text):,} pairs, one process"
+    return [Row(name, f"{ratio.median:.3f}", "at least 0.7", str(ratio))]
+
+
+def decoding(config: BenchmarkConfig) -> list[Row]:
+    """Beam-4 translation of many sentences against `generate` in file order, 32 at a time."""
+    ratio, count, model = decoding_ratio(config)
+    rate = count / ratio.seconds_b
+    name = f"beam-4 decoding, sentences/s over `generate` in file order with batch 32, {count:,} sentences"
+    detail = f"{ratio}; {rate:,.1f} sentences/s, {ratio.seconds_b:.1f} s in all; {model}"
+    return [Row(name, f"{ratio.median:.2f}", "at least 1.5", detail)]
+
+
+def streams(config: BenchmarkConfig) -> list[Row]:
+    """An update whose copies draw from streams of their own over one with torch's own dropout."""
+
+    def ratio(copies_per_pass: int) -> Ratio:
+        def update(copy_seed: int | None) -> Callable[[], float]:
+            return update_of(
+                Shape(),
+                num_copies=config.ba_m,
+                copies_per_pass=copies_per_pass,
+                copy_seed=copy_seed,
+                mixed_precision=config.mixed_precision,
+                cpu=config.cpu,
+            )
+
+        return compare(update(0), update(None), pairs=config.pairs)
+
+    return [
+        Row(f"update with --reproducible-copies over one without, M={config.ba_m}, {k} a pass", f"{r.median:.3f}",
+            "at most 1.15", str(r))
+        for k in (config.ba_m, 1)
+        for r in [ratio(k)]
+    ]  # fmt: skip
+
+
+MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
+    "trainer": trainer,
+    "bare": bare,
+    "fused": fused,
+    "waiting": waiting,
+    "memory": memory,
+    "preprocessing": preprocessing,
+    "decoding": decoding,
+    "streams": streams,
+}

@@ -1,0 +1,142 @@
+"""The updates of transformers' `Seq2SeqTrainer` on the same model, text, precision, threads and logging."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from seqba.loss import count_targets
+from tasks.machine import start_accelerator
+from tasks.translation.config import TranslationConfig
+from tasks.translation.data import TokenPairs
+from tasks.translation.prepare import prepare
+from tasks.translation.train import build, make_stream
+
+_WARM_UP = 2  # updates of every `train` call that are not timed
+
+
+class TrainerUpdates:
+    """Updates of `Seq2SeqTrainer` with length-grouped batches of B samples.
+
+    B is the number for which the mean padded tokens of an update are nearest to those of the training script's
+    token budget; `padded_tokens` holds both means, the training script's first.
+    """
+
+    def __init__(self, config: TranslationConfig) -> None:
+        accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
+        corpus = prepare(config, accelerator, say=lambda text: None)
+        self._config, self._corpus = config, corpus
+        batches = list(make_stream(config, accelerator, corpus).sampler)
+        sides = np.array([[len(sample[name]) for name in TokenPairs.columns] for sample in _all(corpus.train)])
+        self.batch_size, padded = _matching_batch_size(batches, sides, corpus.train_lengths.tolist())
+        self.padded_tokens = (_padded(batches, sides), padded)
+        self._folder = tempfile.TemporaryDirectory()
+        self._model = build(config, corpus)
+        self.num_workers = 0
+
+    def tune(self, choices: Sequence[int] = (0, 1, 2), updates: int = 8) -> None:
+        """Take the number of loader workers with which it is fastest."""
+        rates = {}
+        for workers in choices:
+            self.num_workers = workers
+            tokens, seconds = self.advance(updates)
+            rates[workers] = tokens / seconds
+        self.num_workers = max(rates, key=rates.__getitem__)
+
+    def advance(self, count: int) -> tuple[int, float]:
+        """Do `count` updates; returns their target tokens and seconds, without what `train` does before them."""
+        end = _End()
+        trainer = _Timed(
+            model=self._model,
+            args=self._arguments(_WARM_UP + count),
+            train_dataset=self._corpus.train.dataset,
+            data_collator=DataCollatorForSeq2Seq(self._corpus.tokenizer, model=self._model),
+            processing_class=self._corpus.tokenizer,
+            callbacks=[end],
+        )
+        trainer.train()
+        return trainer.targets, end.end - trainer.start
+
+    def _arguments(self, max_steps: int) -> Seq2SeqTrainingArguments:
+        config = self._config
+        return Seq2SeqTrainingArguments(
+            output_dir=self._folder.name,
+            per_device_train_batch_size=self.batch_size,
+            max_steps=max_steps,
+            label_smoothing_factor=config.label_smoothing,
+            learning_rate=1e-5,
+            adam_beta1=0.9,
+            adam_beta2=0.98,
+            adam_epsilon=1e-9,
+            bf16=config.mixed_precision == "bf16",
+            fp16=config.mixed_precision == "fp16",
+            use_cpu=config.cpu,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            dataloader_num_workers=self.num_workers,
+            dataloader_persistent_workers=self.num_workers > 0,
+            logging_steps=config.log_every,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+            gradient_accumulation_steps=config.accumulation,
+        )
+
+
+class _Timed(Seq2SeqTrainer):
+    """Counts the target tokens of the updates after the first ones, and their seconds."""
+
+    start, targets = 0.0, 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == _WARM_UP and not self.start:
+            _wait()
+            self.start = time.perf_counter()
+        if self.start:
+            self.targets += int(count_targets(inputs["labels"]))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class _End(TrainerCallback):
+    """Notes when the last update has ended."""
+
+    end = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            _wait()
+            self.end = time.perf_counter()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _all(pairs: TokenPairs) -> list[dict[str, Any]]:
+    return pairs.__getitems__(range(len(pairs)))
+
+
+def _padded(batches: Sequence[Sequence[int]], sides: np.ndarray) -> float:
+    """Mean padded tokens of a batch, both sides."""
+    return float(np.mean([len(batch) * sides[batch].max(axis=0).sum() for batch in batches]))
+
+
+def _matching_batch_size(batches: Sequence[Sequence[int]], sides: np.ndarray, lengths: list[int]) -> tuple[int, float]:
+    wanted = _padded(batches, sides)
+    start = max(1, round(len(lengths) / len(batches)))
+    found: dict[int, float] = {}
+    for size in range(max(1, start - 8), start + 9):
+        order = list(LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(0)))
+        found[size] = _padded([order[i : i + size] for i in range(0, len(order), size)], sides)
+    best = min(found, key=lambda size: abs(found[size] - wanted))
+    return best, found[best]

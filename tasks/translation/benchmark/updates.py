@@ -1,0 +1,92 @@
+"""Updates to be timed: the training script's own, and a bare PyTorch loop's on the same batches."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from seqba.loss import count_targets
+from tasks.machine import start_accelerator
+from tasks.stream import SAMPLE_IDS, BatchStream
+from tasks.translation.config import TranslationConfig
+from tasks.translation.model import TranslationLoss
+from tasks.translation.prepare import prepare
+from tasks.translation.train import build, make_stream, training
+
+
+class OwnUpdates:
+    """The updates of `scripts/train_wmt.py`, in a run folder that is thrown away."""
+
+    def __init__(self, config: TranslationConfig) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._run = training(replace(config, output_dir=f"{self._folder.name}/run"))
+
+    def advance(self, count: int) -> int:
+        """Do `count` updates; returns their target tokens, copies counted. The device has finished then."""
+        total = sum(int(next(self._run).num_targets) for _ in range(count))
+        _wait()
+        return total
+
+    def close(self) -> None:
+        """End the run and remove its folder."""
+        self._run.close()  # type: ignore[attr-defined]
+        self._folder.cleanup()
+
+
+class BareUpdates:
+    """A plain PyTorch loop on batches that are already tensors on the device: the same model, loss and optimizer."""
+
+    def __init__(self, config: TranslationConfig, num_batches: int) -> None:
+        self._accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
+        corpus = prepare(config, self._accelerator, say=lambda text: None)
+        self._batches = make_stream(config, self._accelerator, corpus).take(num_batches)
+        for batch in self._batches:
+            del batch[SAMPLE_IDS]
+        self._next = 0
+        model = build(config, corpus).to(self._accelerator.device)
+        self._model = TranslationLoss(model, config.label_smoothing).train()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+    def advance(self, count: int) -> None:
+        """Do `count` updates; the device has finished then."""
+        for _ in range(count):
+            self._update(self._batches[self._next % len(self._batches)])
+            self._next += 1
+        _wait()
+
+    def _update(self, batch: dict[str, Tensor]) -> None:
+        with self._accelerator.autocast():
+            loss = self._model(batch) / count_targets(batch["labels"])
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+@contextmanager
+def waiting_for_data() -> Iterator[list[float]]:
+    """A list that gets the seconds of every call by which a training loop takes its batches."""
+    seconds: list[float] = []
+    take = BatchStream.take
+
+    def timed(self: BatchStream, count: int) -> list[dict[str, Tensor]]:
+        start = time.perf_counter()
+        batches = take(self, count)
+        seconds.append(time.perf_counter() - start)
+        return batches
+
+    BatchStream.take = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        BatchStream.take = take  # type: ignore[method-assign]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
