@@ -11,35 +11,51 @@
 A checkpoint is written into a temporary folder beside, flushed to the disk, and renamed into place, so that a kill or
 a power cut at any moment leaves the last good one. One process writes (rank 0, with every rank's `rng_state` gathered);
 all may read. A folder belongs to one run.
-
-The checksum is CRC-32: it guards against truncation and decay, not against forgery (nothing read here can run code),
-and zlib's runs at some 5 GB/s, five times BLAKE2b. A file is summed right after it is written, from the page cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from seqba.checkpoint_files import (
+    COUNTERS,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    TENSORS,
+    checkpoint_fault,
+    disk_error,
+    find_ties,
+    fsync,
+    load_pt,
+    load_tensors,
+    save_pt,
+    save_tensors,
+    write_manifest,
+)
 from seqba.random_state import rng_state, set_rng_state
 
-__all__ = ["Checkpoint", "find_checkpoint", "load_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_fault",
+    "find_checkpoint",
+    "load_checkpoint",
+    "rng_state",
+    "save_checkpoint",
+    "set_rng_state",
+]
 
-MODEL, OPTIMIZER, TENSORS = "model.safetensors", "optimizer.pt", "tensors.safetensors"
-RNG, COUNTERS, MANIFEST = "rng.pt", "counters.json", "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".replaced"
 
 
@@ -99,23 +115,23 @@ def save_checkpoint(
     final = folder / f"update-{update:06d}"
     counters_text = json.dumps(dict(counters), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     _settle(folder)
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         temporary.mkdir()
-        _save_tensors(temporary / MODEL, model.state_dict())
+        save_tensors(temporary / MODEL, model.state_dict())
         if optimizer is not None:
-            _save_pt(temporary / OPTIMIZER, optimizer.state_dict())
+            save_pt(temporary / OPTIMIZER, optimizer.state_dict())
         if tensors is not None:
-            _save_tensors(temporary / TENSORS, tensors)
-        _save_pt(temporary / RNG, [dict(state) for state in rng])
+            save_tensors(temporary / TENSORS, tensors)
+        save_pt(temporary / RNG, [dict(state) for state in rng])
         (temporary / COUNTERS).write_text(counters_text, encoding="utf-8")
-        _write_manifest(temporary, update)
+        write_manifest(temporary, update)
         _publish(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = _disk_error(error)
+        cause = disk_error(error)
         if cause is not None:
             raise _not_written(final, cause) from error
         raise
@@ -132,7 +148,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
     """
     faults: list[str] = []
     for _, path in reversed(_checkpoints(Path(folder))):
-        fault = _fault(path)
+        fault = checkpoint_fault(path)
         if fault is None:
             return path, faults
         faults.append(f"{path} is damaged and passed over: {fault}")
@@ -161,14 +177,14 @@ def load_checkpoint(
         ValueError: the checkpoint is damaged or is not that of this model or optimizer; each with what differs.
     """
     path = Path(path)
-    fault = _fault(path)
+    fault = checkpoint_fault(path)
     if fault is not None:
         raise ValueError(f"checkpoint {path} is damaged: {fault}")
-    weights, ties = _load_tensors(path / MODEL)
+    weights, ties = load_tensors(path / MODEL)
     _check_model(path, model.state_dict(), weights, ties)
-    rng = _load_pt(path / RNG, "cpu")
+    rng = load_pt(path / RNG, "cpu")
     counters = json.loads((path / COUNTERS).read_text(encoding="utf-8"))
-    tensors = _load_tensors(path / TENSORS)[0] if (path / TENSORS).exists() else {}
+    tensors = load_tensors(path / TENSORS)[0] if (path / TENSORS).exists() else {}
     if optimizer is not None:
         _fill_optimizer(optimizer, _load_optimizer(path, optimizer, map_location))
     model.load_state_dict(weights)
@@ -181,93 +197,14 @@ def load_checkpoint(
     )
 
 
-def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors, those that share their memory once; the file's metadata maps the others to it."""
-    for name, x in state.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{path.name} holds tensors only, but {name!r} is a {type(x).__name__}")
-    ties = _ties(state)
-    save_file({name: x.contiguous() for name, x in state.items() if name not in ties}, path, metadata=ties)
-
-
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> the first name with the same memory, for every tensor but the first of its memory."""
-    first: dict[object, str] = {}
-    ties = {}
-    for name, x in state.items():
-        if x.numel():
-            owner = first.setdefault((x.device, x.data_ptr(), x.dtype, x.shape, x.stride()), name)
-            if owner != name:
-                ties[name] = owner
-    return ties
-
-
-def _save_pt(path: Path, state: object) -> None:
-    with path.open("wb") as file:  # a file of Python's, so that a full disk is an OSError
-        torch.save(state, file)
-    try:
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads structure, not tensors
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path.name} could not be read back without unpickling: make its values tensors, numbers, strings, "
-            "lists and dicts (a numpy number as learning rate becomes a float)"
-        ) from error
-
-
-def _seal(path: Path) -> dict[str, int]:
-    """Flush a file to the disk; return its manifest entry."""
-    _fsync(path)
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-def _manifest_text(update: int, files: Mapping[str, Mapping[str, int]]) -> str:
-    """The manifest's one spelling, with a checksum of itself: any other text is damage."""
-    manifest: dict[str, Any] = {"format": 1, "update": update, "files": files}
-    manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
-    return json.dumps(manifest, indent=1)
-
-
-def _write_manifest(folder: Path, update: int) -> None:
-    files = {path.name: _seal(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(_manifest_text(update, files), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-
-
 def _publish(temporary: Path, final: Path) -> None:
-    _fsync(temporary)
+    fsync(temporary)
     if (
         final.exists()
     ):  # a full folder cannot be renamed over; between the two renames the old one is found by its new name
         os.replace(final, final.with_name(final.name + REPLACED))
     os.replace(temporary, final)
-    _fsync(final.parent)
-
-
-def _disk_error(error: BaseException) -> OSError | None:
-    """Return the OSError behind what a writer raised: torch and safetensors hide it in their own."""
-    if isinstance(error, SafetensorError):
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
-    cause: BaseException | None = error if isinstance(error, OSError | RuntimeError) else None
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+    fsync(final.parent)
 
 
 def _not_written(final: Path, cause: OSError) -> OSError:
@@ -317,46 +254,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if text != _manifest_text(manifest["update"], manifest["files"]):
-            return f"{MANIFEST} was changed after it was written"
-        missing = {MODEL, RNG, COUNTERS} - manifest["files"].keys()
-        if missing:
-            return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
-        faults = (_file_fault(path / name, entry) for name, entry in manifest["files"].items())
-        return next((fault for fault in faults if fault), None)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-
-
-def _file_fault(path: Path, entry: Mapping[str, int]) -> str | None:
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path.name} has {size} bytes, {entry['bytes']} were written"
-    return None if _crc32(path) == entry["crc32"] else f"{path.name} has another checksum than when it was written"
-
-
-def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors by name, tied ones under each name, and the ties."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        ties = dict(file.metadata() or {})
-    return tensors | {name: tensors[owner] for name, owner in ties.items()}, ties
-
-
-def _load_pt(path: Path, map_location: str | torch.device) -> Any:
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is refused: it is not a file of tensors and plain values") from error
-
-
 def _check_model(path: Path, state: Mapping[str, Tensor], saved: Mapping[str, Tensor], ties: dict[str, str]) -> None:
     def kind(x: Tensor) -> str:
         return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
@@ -369,8 +266,8 @@ def _check_model(path: Path, state: Mapping[str, Tensor], saved: Mapping[str, Te
         for name in both
         if kind(saved[name]) != kind(state[name])
     ]
-    if not faults and _ties(state) != ties:
-        faults = [f"it ties {ties or 'nothing'}, the model {_ties(state) or 'nothing'}"]
+    if not faults and find_ties(state) != ties:
+        faults = [f"it ties {ties or 'nothing'}, the model {find_ties(state) or 'nothing'}"]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"checkpoint {path} is not of this model: " + "; ".join(sorted(faults)[:5]) + more)
@@ -379,7 +276,7 @@ def _check_model(path: Path, state: Mapping[str, Tensor], saved: Mapping[str, Te
 def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, map_location: str | torch.device) -> dict[str, Any]:
     if not (path / OPTIMIZER).exists():
         raise ValueError(f"checkpoint {path} holds no optimizer: load it without one, or start the optimizer anew")
-    saved: dict[str, Any] = _load_pt(path / OPTIMIZER, map_location)
+    saved: dict[str, Any] = load_pt(path / OPTIMIZER, map_location)
     then = [len(group["params"]) for group in saved["param_groups"]]
     now = [len(group["params"]) for group in optimizer.param_groups]
     if then != now:

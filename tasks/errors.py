@@ -1,5 +1,66 @@
 """What a script tells its user in one line, without a traceback."""
 
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from seqba.checkpoint_files import disk_error
+
 
 class UserError(ValueError):
-    """Something the user asked for or supplied cannot be used; the message says what, and what to do."""
+    """Something the user asked for or supplied cannot be used; the message says what, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+class RunError(UserError):
+    """A run that cannot start or go on as asked; the message says what to change."""
+
+
+@contextmanager
+def writing(path: str | Path, *, remedy: str) -> Iterator[None]:
+    """Say in a line why the system would not let the block write `path`, and what to do.
+
+    Args:
+        path: the file or folder that is written.
+        remedy: what the user can do, as a half sentence.
+
+    Raises:
+        RunError: the block met an OSError (a full disk, no permission, a file where a folder should be), or one
+            that safetensors hides in its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = disk_error(error)
+        if cause is None:
+            raise
+        where = cause.filename if cause.filename and Path(cause.filename) != Path(path) else None
+        reason = (cause.strerror or str(cause)) + (f": {where}" if where else "")
+        raise RunError(f"cannot write {path} ({reason}{_free(Path(path), cause)}); {remedy}") from error
+
+
+def _free(path: Path, error: OSError) -> str:
+    """How much room is left, where that is the trouble."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    return f", {shutil.disk_usage(folder).free:,} bytes are free"
+
+
+def make_folder(folder: Path, *, remedy: str) -> None:
+    """Make a folder that can be written into, before there is anything to lose.
+
+    Raises:
+        RunError: it cannot be made or written into; with the reason and the remedy.
+    """
+    with writing(folder, remedy=remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
 
 from tasks.errors import UserError
 
 _THREAD_VARIABLE = "OMP_NUM_THREADS"
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
 def start_accelerator(
@@ -33,8 +35,9 @@ def start_accelerator(
         cpu: use the processor even where an accelerator is at hand.
 
     Raises:
-        UserError: the tracker is not installed, or the precision is not one that the device has.
+        UserError: the tracker is unknown or not installed, the device cannot be used, or it lacks the precision.
     """
+    _check_tracker(report_to)
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -45,11 +48,48 @@ def start_accelerator(
         )
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    if report_to is not None and not accelerator.log_with:
-        raise UserError(f"--report-to {report_to}: it is not installed (python -m pip install {report_to})")
+    except RuntimeError as error:
+        if _DEVICE_VARIABLE not in os.environ:
+            raise
+        raise _unusable(os.environ[_DEVICE_VARIABLE], error) from error
+    _check_device(accelerator, cpu)
     use_all_cores(accelerator)
     set_seed(seed, device_specific=True)
     return accelerator
+
+
+def _check_tracker(name: str | None) -> None:
+    if name is None or name == "all":
+        return
+    known = sorted(LoggerType.list())
+    if name not in known:
+        raise UserError(f"--report-to must be one of {', '.join(known)}, got {name}")
+    if name not in [str(tracker) for tracker in get_available_trackers()]:
+        package = name.replace("_", "-")
+        raise UserError(f"--report-to {name}: it is not installed (python -m pip install {package})")
+
+
+def _check_device(accelerator: Accelerator, cpu: bool) -> None:
+    device, asked = accelerator.device, os.environ.get(_DEVICE_VARIABLE)
+    if cpu and device.type != "cpu":
+        raise UserError(f"--cpu contradicts {_DEVICE_VARIABLE}={asked}, which accelerate prefers; unset the variable")
+    try:
+        torch.ones(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _unusable(str(device), error) from error
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would quietly train in fp32
+        raise UserError("mixed precision fp16 needs an accelerator, and this run is on cpu; take bf16 or no")
+
+
+def _unusable(device: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    asked = os.environ.get(_DEVICE_VARIABLE)
+    remedy = (
+        f"{_DEVICE_VARIABLE}={asked} asks for it; unset the variable"
+        if asked
+        else "mend its driver, or give --cpu to work on the processor"
+    )
+    return UserError(f"the device {device} cannot be used here ({reason}); {remedy}")
 
 
 def use_all_cores(accelerator: Accelerator) -> int:

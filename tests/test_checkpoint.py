@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoints import FILES, OPTIMIZERS, VOCABULARY, WIDTH, assert_bitwise, make, names, save, step
-from seqba import checkpoint as checkpoint_module
+from seqba import checkpoint_files
 from seqba.checkpoint import find_checkpoint, load_checkpoint, rng_state, set_rng_state
 from seqba.sampler import TokenBatchSampler
 from seqba.schedule import inverse_sqrt
@@ -164,7 +164,7 @@ def test_a_pickle_with_code_is_refused_though_its_manifest_fits(tmp_path, monkey
     path = save(tmp_path / "run", 1)
     torch.save({"state": Bomb(), "param_groups": []}, path / name)
     (path / "manifest.json").unlink()
-    checkpoint_module._write_manifest(path, 1)
+    checkpoint_files.write_manifest(path, 1)
     assert find_checkpoint(tmp_path / "run") == (path, [])
     model, optimizer = make(seed=3)
     before = {key: x.clone() for key, x in model.state_dict().items()}

@@ -16,7 +16,7 @@ from torch import nn
 
 import seqba
 from checkpoints import names, save
-from seqba import checkpoint as checkpoint_module
+from seqba import checkpoint_files
 from seqba.checkpoint import find_checkpoint
 
 KILLS = """
@@ -135,7 +135,7 @@ def test_an_error_at_any_step_leaves_the_previous_checkpoint(tmp_path, monkeypat
             return call(*args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_module.os, name, fail)
+            patch.setattr(checkpoint_files.os, name, fail)
             with pytest.raises(OSError, match=os.strerror(errno.EIO)) if failing < calls else nullcontext():
                 save(folder, 2, keep=3)
         path, faults = find_checkpoint(folder)
@@ -150,7 +150,7 @@ def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path, monke
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module, "_crc32", full)
+    monkeypatch.setattr(checkpoint_files, "_crc32", full)
     text = r"checkpoint .*/update-000002 was not written \(No space left on device\); [\d,]+ bytes are free there"
     with pytest.raises(OSError, match=text) as error:
         save(tmp_path, 2)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from tasks.errors import UserError
+from tasks.options import OptionParser
 from tasks.translation.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, text_of_preset
 
@@ -18,6 +17,7 @@ _LEAST = {
     "ffn_width": 1, "width": 2, "max_length": 2, "vocab_size": 1, "seed": 0, "corpus_seed": 0, "num_workers": 0,
 }  # fmt: skip
 
+PRECISIONS = ("no", "bf16", "fp16")
 LR_DECAYS = ("inverse-sqrt", "linear", "cosine")
 
 
@@ -43,6 +43,7 @@ class TranslationConfig:
     reproducible_copies: bool = _option(
         False, "draw each copy's masks from (seed, update, batch, copy), so that no plan or rank changes them"
     )
+    allow_identical_copies: bool = _option(False, "train with M > 1 although nothing random is between the copies")
 
     # data
     train_prefix: list[str] = field(
@@ -121,6 +122,10 @@ class TranslationConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
+        if not abs(self.length_penalty) < float("inf"):
+            raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise UserError(f"--mixed-precision must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision}")
         if self.lr_decay not in LR_DECAYS:
             raise UserError(f"--lr-decay must be one of {', '.join(LR_DECAYS)}, got {self.lr_decay}")
         if self.lr_decay != "inverse-sqrt" and self.warmup_updates >= self.max_updates:
@@ -171,6 +176,7 @@ MAY_DIFFER = (
     "keep_checkpoints",
     "num_beams",
     "length_penalty",
+    "allow_identical_copies",
 )
 
 
@@ -187,7 +193,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
     Raises:
         UserError: a value out of range, or an unknown preset; the message names the option.
     """
-    parser = HfArgumentParser(TranslationConfig, allow_abbrev=False, description="Train a translation model.")
+    parser = OptionParser(TranslationConfig, allow_abbrev=False, description="Train a translation model.")
     named, _ = parser.parse_known_args(argv)
     if named.preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")

@@ -109,8 +109,11 @@ def encode_pairs(
         with atomic_folder(folder) as unfinished:
             counts = _write_pairs(unfinished / "pairs.arrow", text, tokenizer, limit, num_proc)
             (unfinished / "counts.json").write_text(json.dumps(counts))
-    counts = json.loads((folder / "counts.json").read_text())
-    return datasets.Dataset.from_file(str(folder / "pairs.arrow")), counts
+    try:
+        counts = json.loads((folder / "counts.json").read_text())
+        return datasets.Dataset.from_file(str(folder / "pairs.arrow")), counts
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"the cached pairs in {folder} cannot be read ({error}); remove that folder") from error
 
 
 def lengths(dataset: datasets.Dataset) -> NDArray[np.int32]:

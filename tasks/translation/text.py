@@ -54,7 +54,9 @@ def read_parallel(prefixes: Sequence[str | Path], source_lang: str, target_lang:
             have different numbers of lines.
     """
     if source_lang == target_lang:
-        raise DataError(f"source and target language are both {source_lang!r}")
+        raise DataError(
+            f"source and target language are both {source_lang!r}; give another --source-lang or --target-lang"
+        )
     if isinstance(prefixes, (str, Path)):
         prefixes = [prefixes]
     if not prefixes:
@@ -65,7 +67,8 @@ def read_parallel(prefixes: Sequence[str | Path], source_lang: str, target_lang:
         source, target = read_lines(source_path), read_lines(target_path)
         if len(source) != len(target):
             raise DataError(
-                f"the sides differ in length: {source_path} has {len(source)} lines, {target_path} has {len(target)}"
+                f"the sides differ in length: {source_path} has {len(source)} lines, {target_path} has {len(target)}; "
+                "line n of one must translate line n of the other"
             )
         text.source.extend(source)
         text.target.extend(target)
@@ -87,9 +90,9 @@ def read_lines(path: str | Path) -> list[str]:
         with _open_binary(path) as file:
             lines = list(_decoded_lines(file, path))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {error}; copy or pack it again") from error
     if not lines:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; it needs a sentence a line")
     return lines
 
 
@@ -154,6 +157,8 @@ def _find_file(prefix: str | Path, lang: str) -> Path:
         return found[0]
     if found:
         raise DataError(f"several files for {prefix} in {lang!r}, keep one: {', '.join(map(str, found))}")
+    if folders := [path for path in wanted if path.is_dir()]:
+        raise DataError(f"{folders[0]} is a folder; the {lang!r} side of {prefix} must be a file of a sentence a line")
     raise DataError(
         f"no file for {prefix} in {lang!r}: looked for {', '.join(map(str, wanted))}; "
         f"{_languages_present(Path(prefix))}"
@@ -186,4 +191,4 @@ def _decoded_lines(file: BinaryIO, path: Path) -> Iterator[str]:
         try:
             yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid UTF-8 ({error.reason})") from error
+            raise DataError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file") from error

@@ -150,12 +150,12 @@ def _explained(message: str, vocab_size: int) -> DataError:
     if most := re.search(r"too high .*<= (\d+)", message):
         return DataError(
             f"a vocabulary of {vocab_size} pieces is larger than this text allows: at most {most[1]} "
-            "(one piece for each of its words); take a smaller vocabulary or more text"
+            "(one piece for each of its words); take a smaller vocabulary (--vocab-size) or more text"
         )
     if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"a vocabulary of {vocab_size} pieces is too small for the characters of this text: "
-            f"at least {least[1]}, the special and byte pieces included"
+            f"at least {least[1]}, the special and byte pieces included; take a larger one (--vocab-size)"
         )
     return DataError(f"SentencePiece could not train a vocabulary of {vocab_size} pieces: {message}")
 
