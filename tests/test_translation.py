@@ -14,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM
 from tasks.errors import UserError
 from tasks.translation.config import PRESETS, TranslationConfig, may_differ, option_names, parse_config
 from tasks.translation.corpus import generate_corpus
-from tasks.translation.metric import describe_decoding, score_bleu, translate
+from tasks.translation.decode import Decoding, translate
+from tasks.translation.metric import score_bleu
 from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation.train import learning_rate
@@ -121,7 +122,7 @@ def test_evaluation_meets_no_dropout_and_moves_no_generator(translator):
 @pytest.mark.trap(36)
 def test_a_bleu_is_printed_with_its_signature_beam_and_penalty_formula():
     hypotheses, references = ["das ist ein Haus und ein Baum .", "ja"], ["das ist das Haus und ein Baum .", "nein"]
-    score = score_bleu(hypotheses, references, describe_decoding(4, 0.6))
+    score = score_bleu(hypotheses, references, str(Decoding(4, 0.6)))
     metric = sacrebleu.metrics.BLEU()
     assert score.bleu == metric.corpus_score(hypotheses, [references]).score
     assert score.signature == str(metric.get_signature())
@@ -248,7 +249,7 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
     from tasks.translation.card import save_model_folder
 
     model, tokenizer, sources = translator
-    score = score_bleu(["a b c d e"], ["a b c d f"], describe_decoding(2, 0.6))
+    score = score_bleu(["a b c d e"], ["a b c d f"], str(Decoding(2, 0.6)))
     config = TranslationConfig(ba_m=4)
     save_model_folder(tmp_path / "model", model, tokenizer, config, data="the data", updates=7, scores={"a set": score})
     done = subprocess.run(

@@ -1,14 +1,19 @@
-"""Translations and their score: beam search in batches of like length, BLEU with its signature."""
+"""Scores of translations, each with what makes it comparable; systems compared by paired bootstrap."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from sacrebleu.metrics import BLEU
-from transformers import MarianMTModel, MarianTokenizer
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.base import Metric
+from sacrebleu.significance import PairedTest, Result
+
+from tasks.translation.tokenized_bleu import describe_tokenized_bleu, tokenized_bleu
+
+_SEED_VARIABLE = "SACREBLEU_SEED"  # sacreBLEU reads its seed there and nowhere else
 
 
 @dataclass(frozen=True)
@@ -26,88 +31,131 @@ class BleuScore:
         return f"BLEU {self.bleu:.2f} ({self.signature}; {self.decoding})"
 
 
+@dataclass(frozen=True)
+class Score:
+    """A corpus score, 0 to 100, and how it was computed."""
+
+    metric: str
+    value: float
+    signature: str
+
+
+@dataclass(frozen=True)
+class PairedScore:
+    """A system's score in a paired bootstrap: of the text, and over the resamples of its sentences.
+
+    `mean` and `confidence`: 95 % of the resamples lie in mean +- confidence. `p_value` is the chance of a difference
+    from the first system at least this large if both were equally good; None for the first system.
+    """
+
+    system: str
+    metric: str
+    value: float
+    mean: float
+    confidence: float
+    p_value: float | None
+    signature: str
+
+
 def score_bleu(hypotheses: Sequence[str], references: Sequence[str], decoding: str) -> BleuScore:
     """Corpus BLEU of detokenised text, by sacreBLEU.
 
     Raises:
         ValueError: the numbers of lines differ, or there are none.
     """
-    if len(hypotheses) != len(references) or not references:
-        raise ValueError(f"{len(hypotheses)} hypotheses cannot be scored against {len(references)} references")
-    metric = BLEU()
-    score = metric.corpus_score(list(hypotheses), [list(references)])
-    return BleuScore(score.score, str(metric.get_signature()), decoding)
+    score = _score(BLEU(), hypotheses, references)
+    return BleuScore(score.value, score.signature, decoding)
 
 
-def describe_decoding(num_beams: int, length_penalty: float) -> str:
-    """Beam width and the formula that ranks finished beams: transformers', not GNMT's ((5+L)/6)^a.
+def score_all(hypotheses: Sequence[str], references: Sequence[str], target_lang: str) -> list[Score]:
+    """sacreBLEU's BLEU, chrF, and the tokenised BLEU of older papers (`tokenized_bleu`), in this order.
 
-    >>> describe_decoding(4, 0.6)
-    'beam 4, log-probability / L^0.6'
+    Raises:
+        ValueError: the numbers of lines differ, or there are none.
     """
-    if num_beams == 1:
-        return "greedy, no length penalty"
-    return f"beam {num_beams}, log-probability / L^{length_penalty}"
+    scores = [_score(metric, hypotheses, references) for metric in (BLEU(), CHRF())]
+    tokenized = tokenized_bleu(hypotheses, references, target_lang)
+    return [*scores, Score("tokenised BLEU", tokenized, describe_tokenized_bleu(target_lang))]
 
 
-@torch.inference_mode()
-def translate(
-    accelerator: Accelerator,
-    model: MarianMTModel,
-    tokenizer: MarianTokenizer,
-    sources: Sequence[str],
-    *,
-    max_tokens: int = 4_096,
-    **generation: Any,
-) -> list[str]:
-    """Translate sentences in any order and length; every rank does its share, and all get all translations.
+def paired_bootstrap(
+    systems: Mapping[str, Sequence[str]], references: Sequence[str], *, num_samples: int, seed: int
+) -> list[PairedScore]:
+    """Compare every system with the first by paired bootstrap resampling (Koehn 2004), as sacreBLEU does.
 
     Args:
-        accelerator: says which share is this rank's, and the precision.
-        model: on the device; its training mode is put back afterwards.
-        tokenizer: the model's.
-        sources: sentences; an empty one is translated like any other, one longer than the model's positions is cut
-            (`count_truncated`).
-        max_tokens: padded source tokens of a batch; like lengths share a batch.
-        generation: what `generate` should do otherwise than the model's `generation_config`, and than stopping at
-            twice the longest source of a batch plus 20 pieces.
+        systems: hypotheses by name, at least two systems.
+        references: as many lines as each system has.
+        num_samples: resamples of the sentences.
+        seed: of the resampling, at least 1 (sacreBLEU takes 0 for no seed at all).
 
     Returns:
-        One translation a source, in their order.
+        BLEU of every system, then chrF of every system.
+
+    Raises:
+        ValueError: there are fewer than two systems, or the numbers of lines differ.
     """
-    was_training = model.training
-    model.eval()
-    ids = [
-        tokenizer(text, truncation=True, max_length=model.config.max_position_embeddings).input_ids for text in sources
+    if len(systems) < 2 or seed < 1 or num_samples < 1:
+        raise ValueError(
+            f"{len(systems)} systems, seed {seed}, {num_samples} resamples: at least 2, 1 and 1 are needed"
+        )
+    for hypotheses in systems.values():
+        _check_lines(hypotheses, references)
+    with _sacrebleu_seed(seed):
+        test = PairedTest(
+            [(name, list(hypotheses)) for name, hypotheses in systems.items()],
+            {"BLEU": BLEU(), "chrF": CHRF()},
+            [list(references)],
+            test_type="bs",
+            n_samples=num_samples,
+        )
+        signatures, columns = test()
+    names = columns.pop("System")
+    return [
+        PairedScore(
+            name, metric, float(r.score), float(r.mean), float(r.ci), _p_value(r, results[0]), str(signatures[metric])
+        )
+        for metric, results in columns.items()
+        for name, r in zip(names, results, strict=True)
     ]
-    mine = list(range(len(ids)))[accelerator.process_index :: accelerator.num_processes]
-    found: list[tuple[int, str]] = []
-    with accelerator.autocast():
-        for batch in _batches_by_length(mine, ids, max_tokens):
-            padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt").to(accelerator.device)
-            output = model.generate(**padded, **{**_length_limit(model, padded.input_ids.shape[1]), **generation})
-            found += zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
-    model.train(was_training)
-    translations = dict(gather_object(found))
-    return [translations[n] for n in range(len(ids))]
 
 
-def _length_limit(model: MarianMTModel, source_length: int) -> dict[str, int]:
-    """Twice the source and 20 pieces more: a model that has not learnt to stop would fill every position."""
-    return {"max_new_tokens": min(2 * source_length + 20, model.config.max_position_embeddings - 1)}
+def one_line_each(hypotheses: Sequence[str]) -> tuple[list[str], int]:
+    r"""Translations as lines of a file: line ends inside one become spaces; and how many had any.
+
+    >>> one_line_each(["a\nb", "c"])
+    (['a b', 'c'], 1)
+    """
+    lines = [hypothesis.replace("\r\n", " ").replace("\n", " ").replace("\r", " ") for hypothesis in hypotheses]
+    return lines, sum(line != hypothesis for line, hypothesis in zip(lines, hypotheses, strict=True))
 
 
-def count_truncated(model: MarianMTModel, tokenizer: MarianTokenizer, sources: Sequence[str]) -> int:
-    """How many sentences have more pieces than the model has positions, and are cut by `translate`."""
-    return sum(len(tokenizer(text).input_ids) > model.config.max_position_embeddings for text in sources)
+def _p_value(result: Result, baseline: Result) -> float | None:
+    """Equal scores do not differ: sacreBLEU counts strictly larger differences and gives them p = 1 / (n + 1)."""
+    if result.p_value is None:
+        return None
+    return 1.0 if result.score == baseline.score else float(result.p_value)
 
 
-def _batches_by_length(numbers: list[int], ids: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Sentences of like length together, longest first, at most `max_tokens` padded tokens a batch."""
-    batches: list[list[int]] = []
-    for n in sorted(numbers, key=lambda n: -len(ids[n])):
-        if batches and (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) <= max_tokens:
-            batches[-1].append(n)
+def _score(metric: Metric, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+    _check_lines(hypotheses, references)
+    score = metric.corpus_score(list(hypotheses), [list(references)])
+    return Score(score.name, score.score, str(metric.get_signature()))
+
+
+def _check_lines(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if len(hypotheses) != len(references) or not references:
+        raise ValueError(f"{len(hypotheses)} hypotheses cannot be scored against {len(references)} references")
+
+
+@contextmanager
+def _sacrebleu_seed(seed: int) -> Iterator[None]:
+    before = os.environ.get(_SEED_VARIABLE)
+    os.environ[_SEED_VARIABLE] = str(seed)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SEED_VARIABLE]
         else:
-            batches.append([n])
-    return batches
+            os.environ[_SEED_VARIABLE] = before

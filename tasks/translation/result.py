@@ -8,7 +8,8 @@ from tasks.metrics import write_text
 from tasks.run import Run
 from tasks.translation.card import save_model_folder
 from tasks.translation.config import TranslationConfig
-from tasks.translation.metric import BleuScore, count_truncated, describe_decoding, score_bleu, translate
+from tasks.translation.decode import Decoding, count_truncated, translate
+from tasks.translation.metric import BleuScore, one_line_each, score_bleu
 from tasks.translation.model import decoding_config
 from tasks.translation.prepare import Corpus
 from tasks.translation.text import ParallelText
@@ -53,6 +54,6 @@ def _score(
     for source, hypothesis, reference in list(zip(text.source, hypotheses, text.target, strict=True))[:_SHOWN]:
         run.say(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
     if run.accelerator.is_main_process:
-        lines = [" ".join(hypothesis.split("\n")) for hypothesis in hypotheses]
+        lines, _ = one_line_each(hypotheses)
         write_text(run.folder / f"hyp.{name.replace('/', '-')}.txt", "".join(f"{line}\n" for line in lines))
-    return score_bleu(hypotheses, text.target, describe_decoding(config.num_beams, config.length_penalty))
+    return score_bleu(hypotheses, text.target, str(Decoding(config.num_beams, config.length_penalty)))
