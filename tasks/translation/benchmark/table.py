@@ -48,6 +48,7 @@ def trainer(config: BenchmarkConfig) -> list[Row]:
         rates.append((rate, their_tokens / seconds))
         ratios.append(rate / rates[-1][1])
     own.close()
+    theirs.close()
     low, median, high = statistics.quantiles(ratios, n=4)
     a, b = (statistics.median(side) for side in zip(*rates, strict=True))
     ours, padded = theirs.padded_tokens

@@ -65,6 +65,10 @@ class TrainerUpdates:
         trainer.train()
         return trainer.targets, end.end - trainer.start
 
+    def close(self) -> None:
+        """Remove the folder that the Trainer wanted."""
+        self._folder.cleanup()
+
     def _arguments(self, max_steps: int) -> Seq2SeqTrainingArguments:
         config = self._config
         return Seq2SeqTrainingArguments(
