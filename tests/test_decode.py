@@ -19,6 +19,7 @@ from tasks.translation.decode import (
     rerank,
     translate,
 )
+from tasks.translation.skip_finished import skip_finished
 from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 from tiny_models import SEQ2SEQ, marian
 from word_tokenizer import copying_model, sentences, word_tokenizer
@@ -124,6 +125,63 @@ def test_rows_of_a_copy_follow_their_beams_and_the_sources_stay():
     assert cache.self_attention_cache.layers[0].keys.flatten().tolist() == [2, 0, 2, 5, 3, 5]
     assert cache.self_attention_cache.layers[0].values.flatten().tolist() == [12, 10, 12, 15, 13, 15]
     assert torch.equal(cache.cross_attention_cache.layers[0].keys, row)
+
+
+# ---- settled sentences leave the batch
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@torch.no_grad()
+def test_a_search_without_settled_sentences_finds_the_same_beams(family, early_stopping):
+    model, rows = copying_model(family).double(), []
+    model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
+    model.get_decoder().register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    settings = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.6, "max_new_tokens": 30,
+                "early_stopping": early_stopping, "output_scores": True, "return_dict_in_generate": True}  # fmt: skip
+    batch = batch_of(word_tokenizer(), SOURCES)
+    plain = model.generate(**batch, **settings)
+    plain_rows = sum(rows[::2])
+    rows.clear()
+    with skip_finished(model):
+        for _ in range(2):  # a second search starts anew
+            rows.clear()
+            got = model.generate(**batch, **settings, past_key_values=BeamCache(model.config))
+    assert torch.equal(got.sequences, plain.sequences)
+    torch.testing.assert_close(got.sequences_scores, plain.sequences_scores, rtol=1e-5, atol=1e-5)
+    assert sum(rows[::2]) <= plain_rows
+    if early_stopping is False:
+        assert sum(rows[::2]) < 0.8 * plain_rows
+
+
+def test_the_model_is_searched_as_before_once_it_is_left():
+    model = copying_model("bart")
+    before = dict(vars(model))
+    with skip_finished(model):
+        assert vars(model).keys() != before.keys()
+    assert vars(model).keys() == before.keys()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_cache_that_has_dropped_beams_still_counts_them_as_the_search_does():
+    cache = BeamCache(marian().config, num_copies=2)
+    row = torch.arange(12.0).view(12, 1, 1, 1)  # copy-major: 6 beams of 3 sentences, twice
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        part.update(row, 100 + row, 0)
+
+    def rows(part):
+        return part.layers[0].keys.flatten().tolist()
+
+    cache.keep(torch.tensor([2, 3, 4, 5]))
+    assert rows(cache.self_attention_cache) == rows(cache.cross_attention_cache) == [2, 3, 4, 5, 8, 9, 10, 11]
+    cache.reorder_cache(torch.tensor([1, 1, 3, 2, 5, 5]))
+    assert rows(cache.self_attention_cache) == [3, 2, 5, 5, 9, 8, 11, 11]
+    cache.keep(torch.tensor([4, 5]))
+    assert rows(cache.self_attention_cache) == [5, 5, 11, 11]
+    assert rows(cache.cross_attention_cache) == [4, 5, 10, 11]
+    cache.reorder_cache(torch.tensor([0, 0, 2, 2, 5, 4]))
+    assert cache.self_attention_cache.layers[0].values.flatten().tolist() == [105, 105, 111, 111]
 
 
 # ---- length penalties

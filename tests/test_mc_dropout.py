@@ -9,6 +9,7 @@ from torch import nn
 from tasks.translation.beam_cache import BeamCache
 from tasks.translation.decode import GNMT_RERANK, Decoding, translate
 from tasks.translation.mc_dropout import averaged_over_masks, dropout_on, has_dropout
+from tasks.translation.skip_finished import skip_finished
 from tiny_models import SEQ2SEQ
 from word_tokenizer import copying_model, sentences, word_tokenizer
 
@@ -23,7 +24,7 @@ def sources_batch(texts=SOURCES):
 def search(model, num_masks, **settings):
     """`generate` under N masks."""
     cache = BeamCache(model.config, num_copies=num_masks)
-    with averaged_over_masks(model, num_masks):
+    with averaged_over_masks(model, num_masks), skip_finished(model):
         return model.generate(
             **sources_batch(), past_key_values=cache, return_dict_in_generate=True, output_scores=True, **settings
         )

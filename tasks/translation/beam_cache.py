@@ -1,4 +1,4 @@
-"""The key-value cache of a beam search over one copy of the model, or over several that go side by side."""
+"""The key-value cache of a beam search: over one copy of the model or several, and without beams that are done."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,27 @@ class BeamCache(EncoderDecoderCache):
         decoder = config.get_text_config(decoder=True)
         super().__init__(DynamicCache(config=decoder), DynamicCache(config=decoder))
         self.num_copies = num_copies
+        self._kept: Tensor | None = None  # beams that have rows, ascending; None: all
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Gather rows: `beam_idx` (R,) names, for every beam, the one that it continues."""
-        offsets = len(beam_idx) * torch.arange(self.num_copies, device=beam_idx.device)
-        self.self_attention_cache.reorder_cache((offsets[:, None] + beam_idx).flatten())
+        """Gather rows: `beam_idx` (R,) names, for every beam of the search, the one that it continues."""
+        if self._kept is not None:
+            beam_idx = torch.searchsorted(self._kept, beam_idx[self._kept].long())
+            num_beams = len(self._kept)
+        else:
+            num_beams = len(beam_idx)
+        self.self_attention_cache.reorder_cache(self._of_all_copies(beam_idx, num_beams))
+
+    def keep(self, beams: Tensor) -> None:
+        """Drop the rows of all other beams, whole sentences of them; `beams` counts as the search does, ascending."""
+        if self._kept is None:
+            rows, before = beams, self.self_attention_cache.layers[0].keys.shape[0] // self.num_copies
+        else:
+            rows, before = torch.searchsorted(self._kept, beams), len(self._kept)
+        self.batch_select_indices(self._of_all_copies(rows, before))
+        self._kept = beams
+
+    def _of_all_copies(self, rows: Tensor, num_beams: int) -> Tensor:
+        """Rows of the first copy -> the same of all N, where a copy has `num_beams` rows."""
+        offsets = num_beams * torch.arange(self.num_copies, device=rows.device)
+        return (offsets[:, None] + rows).flatten()

@@ -18,6 +18,7 @@ from transformers.generation import GenerationConfig
 from tasks.translation.beam_cache import BeamCache
 from tasks.translation.data import LineEncoder
 from tasks.translation.mc_dropout import averaged_over_masks
+from tasks.translation.skip_finished import skip_finished
 
 POWER, GNMT_RERANK = "power", "gnmt-rerank"
 LENGTH_PENALTIES = (POWER, GNMT_RERANK)
@@ -113,7 +114,11 @@ def translate(
     max_scores = _max_score_rows(model, decoding)
     num_masks = decoding.num_masks if decoding else 0
     found: list[tuple[int, str]] = []
-    with accelerator.autocast(), averaged_over_masks(model, num_masks) if num_masks else nullcontext():
+    with (
+        accelerator.autocast(),
+        averaged_over_masks(model, num_masks) if num_masks else nullcontext(),
+        skip_finished(model),
+    ):
         for batch in _batches_by_length(mine, ids, limits, max_tokens, max_scores):
             padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt").to(accelerator.device)
             settings = {"max_length": None, "max_new_tokens": limits[batch[0]], **generation}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqba.repeat import fold, repeat_batch, unfold
-
-_PER_ROW = ("decoder_input_ids", "attention_mask", "decoder_attention_mask")  # what `forward` is given a row each
+from tasks.translation.skip_finished import PER_ROW
 
 
 @contextmanager
@@ -108,7 +107,7 @@ class _Copies:
 
     def repeat_beams(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Decoder inputs (R, ...) -> (N*R, ...), and encoder states (R, N, S, D) -> (N*R, S, D)."""
-        rows = {name: kwargs[name] for name in _PER_ROW if kwargs.get(name) is not None}
+        rows = {name: kwargs[name] for name in PER_ROW if kwargs.get(name) is not None}
         states = type(kwargs["encoder_outputs"])(last_hidden_state=self._unpack(kwargs["encoder_outputs"][0]))
         return args, kwargs | repeat_batch(rows, self.num_masks, num_samples=len(rows["decoder_input_ids"])) | {
             "encoder_outputs": states

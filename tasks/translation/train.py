@@ -1,6 +1,6 @@
 """Train a translation model, M copies of every pair in an update: the loop, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +11,22 @@ from torch import nn
 from transformers import MarianMTModel
 
 from seqba import schedule
+from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
-from seqba.step import TrainStep
+from seqba.step import TrainStep, UpdateResult
 from tasks.errors import UserError
 from tasks.machine import start_accelerator
-from tasks.run import INTERRUPTED, Cadence, Run, SameData, set_learning_rate
+from tasks.run import Cadence, Run, set_learning_rate
+from tasks.saving import SameData
+from tasks.stopping import INTERRUPTED
 from tasks.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig, as_json, may_differ
 from tasks.translation.model import TranslationLoss, build_model, count_parameters, summed_loss
 from tasks.translation.prepare import Corpus, prepare
 from tasks.translation.result import write_result
+
+_AUDITED = 4  # samples on which the copies are compared
 
 
 def train(config: TranslationConfig) -> None:
@@ -31,6 +36,12 @@ def train(config: TranslationConfig) -> None:
         UserError: options, data or the run folder cannot be used; nothing has been trained then.
         SystemExit: the run was stopped by Ctrl-C or SIGTERM, after it was saved.
     """
+    for _ in training(config):
+        pass
+
+
+def training(config: TranslationConfig) -> Iterator[UpdateResult]:
+    """`train`, which hands back control after every update; closed early, it leaves an unfinished run."""
     folder = Path(config.folder)
     accelerator = start_accelerator(
         seed=config.seed,
@@ -52,11 +63,13 @@ def train(config: TranslationConfig) -> None:
 
     # ---- data and model
     corpus = prepare(config, accelerator, say=run.say)
-    model = _build(config, corpus)
+    stream = make_stream(config, accelerator, corpus)
+    model = build(config, corpus)
     loss_model = TranslationLoss(model, config.label_smoothing)
-    optimizer = torch.optim.Adam(loss_model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-9)
+    optimizer = torch.optim.Adam(loss_model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    stream = _stream(config, accelerator, corpus)
+    if config.ba_m > 1 and not config.allow_identical_copies:
+        _refuse_identical_copies(loss_model, stream, corpus)
     rate = learning_rate(config)
     step = TrainStep(
         accelerator,
@@ -73,8 +86,9 @@ def train(config: TranslationConfig) -> None:
         f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
     )
     run.say(_describe_update(config, corpus, stream))
-    accelerator.init_trackers("translation", config=None)
-    run.attach(model, optimizer, stream=stream, step=step, data=SameData(corpus.fingerprint))
+    with run.writing(folder):
+        accelerator.init_trackers("translation", config=None)
+    run.attach(model, optimizer, data=SameData(corpus.fingerprint), stream=stream, step=step)
 
     # ---- the loop
     for update in run.updates():
@@ -88,12 +102,14 @@ def train(config: TranslationConfig) -> None:
             valid_loss = validation_loss(accelerator, loss_model, corpus, config.max_tokens)
         run.log(lr=lr, valid_loss=valid_loss)
         run.save_if_due()
+        yield result
     if run.interrupted:
         raise SystemExit(INTERRUPTED)
 
     # ---- the result: the checkpoint with the lowest validation loss, scored once
     run.load_best()
-    write_result(config, run, corpus, model)
+    with run.writing(folder):
+        write_result(config, run, corpus, model)
 
 
 @torch.no_grad()
@@ -114,7 +130,12 @@ def validation_loss(accelerator: Accelerator, loss_model: nn.Module, corpus: Cor
     return nll / targets
 
 
-def _stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
+def make_stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
+    """This rank's batches of the training text, by token budget.
+
+    Raises:
+        UserError: a pair is longer than the budget.
+    """
     try:
         sampler = TokenBatchSampler(
             corpus.train_lengths,
@@ -139,6 +160,17 @@ def _stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus)
     )
 
 
+def _refuse_identical_copies(loss_model: nn.Module, stream: BatchStream, corpus: Corpus) -> None:
+    """M copies cost M times as much: not where they are all the same."""
+    batch = corpus.collate(corpus.train.__getitems__(range(min(_AUDITED, len(corpus.train)))))
+    batch = {name: x.to(stream.device) for name, x in batch.items()}
+    audit = audit_masks(loss_model, batch, forward=summed_loss, measure_variance=False)
+    try:
+        check_copies_differ(audit)
+    except IdenticalCopiesError as error:
+        raise UserError(f"{error}\n(on the command line: --dropout 0.1, --ba-m 1, --allow-identical-copies)") from error
+
+
 def _describe_update(config: TranslationConfig, corpus: Corpus, stream: BatchStream) -> str:
     """What an update sees on average, as "tokens a batch" means many things."""
     updates = len(stream.sampler) / config.accumulation  # of an epoch; a rank's batches, several at a time
@@ -160,7 +192,8 @@ def learning_rate(config: TranslationConfig) -> Callable[[int], float]:
     return partial(decay, peak_lr=peak, warmup_updates=warmup, total_updates=total)
 
 
-def _build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
+def build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
+    """A model with new weights, equal on all ranks; the generators are seeded for the masks afterwards."""
     torch.manual_seed(config.seed)
     model = build_model(
         vocab_size=len(corpus.tokenizer),
