@@ -1,5 +1,10 @@
 """seqba: Batch Augmentation for sequence models (Hoffer et al. 2020, "Augment Your Batch")."""
 
+from seqba.audit import IdenticalCopiesError as IdenticalCopiesError
+from seqba.audit import MaskAudit as MaskAudit
+from seqba.audit import Operation as Operation
+from seqba.audit import audit_masks as audit_masks
+from seqba.audit import check_copies_differ as check_copies_differ
 from seqba.checkpoint import Checkpoint as Checkpoint
 from seqba.checkpoint import find_checkpoint as find_checkpoint
 from seqba.checkpoint import load_checkpoint as load_checkpoint

@@ -1,4 +1,4 @@
-"""The one place that intercepts random operations: per-copy streams (and whatever else must see draws) stand on it.
+"""The one place that intercepts random operations: per-copy streams and the mask audit stand on it.
 
 PyTorch tags the aten operations that draw from a generator (`torch.Tag.nondeterministic_seeded`). A
 `TorchDispatchMode` sees every one of them below autograd, autocast and the module code, so a model needs no
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqba.callers import Caller, Callers
 
 # How an operation names the shape that it draws, and so how its rows can be cut.
 FILL = "fill"  # writes into its first argument: x.bernoulli_(p)
@@ -38,7 +39,6 @@ _BASES = {
 _KIND_OF_BASE = {base: kind for kind, bases in _BASES.items() for base in bases.split()}
 # Random, but without the tag (torch 2.11 to 2.15).
 _UNTAGGED = {"random_", "random", "binomial", "_sample_dirichlet"}
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 @dataclasses.dataclass
@@ -49,9 +49,9 @@ class RandomCall:
         func: the aten overload.
         args, kwargs: its arguments.
         kind: how it names the shape that it draws (the constants of this file).
-        row_dim: the axis of its rows: 0, but 1 between the layers of `nn.LSTM`, `nn.GRU` and `nn.RNN`, which draw
-            (T, rows, H) whatever `batch_first` says.
+        row_dim: the axis of its rows.
         packed: inside a recurrent network over a `PackedSequence`, whose rows are interleaved in time.
+        caller: the torch function of the model that it is part of, where one is known that can draw.
     """
 
     func: Any
@@ -60,6 +60,7 @@ class RandomCall:
     kind: str
     row_dim: int = 0
     packed: bool = False
+    caller: Caller | None = None
 
     @property
     def name(self) -> str:
@@ -90,12 +91,12 @@ class RandomCall:
     @property
     def drops_out(self) -> bool:
         """Whether a fused kernel draws at all: it has a probability above 0, and is not told to evaluate."""
-        return self.dropout > 0 and self._argument("train") is not False
+        return self.dropout > 0 and self.argument("train") is not False
 
     @property
     def dropout(self) -> float:
         """The probability of zeroing, of operations that hold one (fused attention, cuDNN)."""
-        return float(self._argument("dropout_p", "dropout"))
+        return float(self.argument("dropout_p", "dropout"))
 
     def takes_generator(self) -> bool:
         """Whether this overload has a `generator` argument."""
@@ -103,7 +104,7 @@ class RandomCall:
 
     def own_generator(self) -> torch.Generator | None:
         """The generator that the model itself passed, if any."""
-        return self._argument("generator")
+        return self.argument("generator")
 
     def run(self, generator: torch.Generator | None = None) -> Any:
         """Run the operation whole."""
@@ -140,7 +141,7 @@ class RandomCall:
             if home.data_ptr() != drawn.data_ptr():
                 home.copy_(drawn)
 
-    def _argument(self, *names: str) -> Any:
+    def argument(self, *names: str) -> Any:
         """The value of the first argument with one of these names, given or by default; None without any."""
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.name in names:
@@ -199,26 +200,30 @@ def kind_of(func: Any) -> str | None:
 class RandomOps(TorchDispatchMode):
     """Sees each random operation that runs inside the `with` block, and decides how it is run.
 
-    Subclasses override `on_draw`. What only the Python level shows (that a draw stands between the layers of a
-    recurrent network) is added by a function mode, entered with this one.
+    Subclasses override `on_draw`. What only the Python level shows (a dropout's probability, that a draw stands
+    between the layers of a recurrent network) is added by a function mode, entered with this one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._kinds: dict[Any, str | None] = {}
-        self._recurrent = _RecurrentCalls()
+        self._num_draws = 0
+        self._callers = Callers(lambda: self._num_draws, self.on_return)
 
     def on_draw(self, call: RandomCall) -> Any:
         """Run `call`, or something else in its place; the result goes to the model."""
         return call.run()
 
+    def on_return(self, caller: Caller, num_draws: int) -> None:
+        """A torch function of the model that can draw has returned, after so many draws (0: it is switched off)."""
+
     def __enter__(self) -> "RandomOps":
-        self._recurrent.__enter__()
+        self._callers.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._recurrent.__exit__(*error)
+        self._callers.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -231,30 +236,12 @@ class RandomOps(TorchDispatchMode):
         if kind == UNKNOWN and func._can_decompose():  # aten.dropout itself, seen under inference_mode
             with self:
                 return func.decompose(*args, **kwargs)
-        inside = self._recurrent
-        return self.on_draw(RandomCall(func, args, kwargs, kind, row_dim=inside.row_dim, packed=inside.packed))
-
-
-class _RecurrentCalls(TorchFunctionMode):
-    """Knows whether a recurrent network that drops out between its layers is running.
-
-    `torch.lstm` is decomposed before dispatch, so only its Python-level call tells that a draw of shape
-    (T, B, H) has its rows on axis 1.
-    """
-
-    row_dim = 0
-    packed = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(func, "__name__", None) not in _RECURRENT:
-            return func(*args, **(kwargs or {}))
-        # (data, batch_sizes, hx, ...) where the sequence is packed, (input, hx, ...) where it is not
-        self.packed = len(args) > 1 and isinstance(args[1], Tensor) and args[1].dtype == torch.int64
-        self.row_dim = 0 if self.packed else 1
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.row_dim, self.packed = 0, False
+        caller = self._callers.running
+        call = RandomCall(func, args, kwargs, kind, caller=caller)
+        if caller is not None:
+            call.row_dim, call.packed = caller.row_dim, caller.packed
+        self._num_draws += kind not in (FUSED_ATTENTION, CUDNN_RNN) or call.drops_out
+        return self.on_draw(call)
 
 
 _shared_depth = 0

@@ -6,39 +6,21 @@ The plan is one integer, the copies in a pass (`copies_per_pass`, K): M is fused
 the other, K in between need not divide M. No plan changes the size of the gradient.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seqba.loss import count_targets
-from seqba.random_state import rng_state, set_rng_state
-from seqba.repeat import count_samples, largest_tensor, repeat_batch
+from seqba.plan import CopiesPerPass, CopyPlan
+from seqba.plan import plan_passes as plan_passes
+from seqba.repeat import count_samples, repeat_batch
 from seqba.streams import copies_of_pass, copy_streams
-
-logger = logging.getLogger(__name__)
-
-CopiesPerPass = int | Literal["auto"]
-
-
-def plan_passes(copies: Sequence[int], copies_per_pass: int) -> list[tuple[int, ...]]:
-    """Cut the copies of an update into passes of at most K.
-
-    >>> plan_passes(range(4), 3)
-    [(0, 1, 2), (3,)]
-    """
-    if not 1 <= copies_per_pass <= len(copies):
-        raise ValueError(
-            f"copies_per_pass must be from 1 to the number of copies, {len(copies)}, got {copies_per_pass}"
-        )
-    return [tuple(copies[i : i + copies_per_pass]) for i in range(0, len(copies), copies_per_pass)]
 
 
 def take_repeated(batch: Any, copies: tuple[int, ...]) -> Any:
@@ -104,10 +86,7 @@ class TrainStep:
         count_fn: Callable[[Any], Tensor] | None = None,
         take_copies: Callable[[Any, tuple[int, ...]], Any] = take_repeated,
     ) -> None:
-        if num_copies < 1:
-            raise ValueError(f"num_copies must be at least 1, got {num_copies}")
-        if copies_per_pass != "auto":
-            plan_passes(range(num_copies), copies_per_pass)
+        self.plan = CopyPlan(num_copies, copies_per_pass)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
         if accelerator.gradient_accumulation_steps != 1:
@@ -118,11 +97,7 @@ class TrainStep:
             )
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn or _count_labels, take_copies
-        self.copies = tuple(range(num_copies))
         self.max_norm, self.copy_seed = max_norm, copy_seed
-        self.is_auto = copies_per_pass == "auto"
-        self.copies_per_pass = num_copies if copies_per_pass == "auto" else copies_per_pass
-        self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
         """Do update number `update` on this rank's batches of B samples each (several: accumulation).
@@ -131,35 +106,38 @@ class TrainStep:
         """
         targets = sum(torch.as_tensor(self.count_fn(batch)).to(self.accelerator.device) for batch in batches)
         samples = sum(count_samples(batch) or 0 for batch in batches)
-        is_new = self._may_shrink() and any(not self._was_tried(largest_tensor(batch)) for batch in batches)
+        is_new = self.plan.may_shrink and any(self.plan.is_larger_than_tried(batch) for batch in batches)
         local = torch.tensor([0, samples, int(is_new)], device=self.accelerator.device)
-        local[0] = targets * len(self.copies)
+        local[0] = targets * len(self.plan.copies)
         num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
         denominator = num_targets.clamp(min=1)
 
-        if self._may_shrink() and self._has_ranks() and bool(ranks_to_try):
-            self._try_on_all_ranks(batches, update, denominator)
-            self._tried += [size for size in map(largest_tensor, batches) if not self._was_tried(size)]
-        loss = self._fit(batches, update, denominator)
+        try_first = self.plan.may_shrink and self.accelerator.num_processes > 1 and bool(ranks_to_try)
+        loss = self.plan.run(
+            self.accelerator,
+            self.model,
+            batches,
+            lambda reduce: self._accumulate(batches, update, denominator, reduce=reduce),
+            try_first=try_first,
+        )
         grad_norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return UpdateResult(loss, grad_norm, num_targets, num_samples, self.copies_per_pass)
+        return UpdateResult(loss, grad_norm, num_targets, num_samples, self.plan.copies_per_pass)
 
     def state_dict(self) -> dict[str, Any]:
         """The copies in a pass that "auto" has come to, so that a resumed run goes on with them."""
-        return {"copies_per_pass": self.copies_per_pass}
+        return self.plan.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the plan of `state`, where this one may change by itself."""
-        if self.is_auto:
-            self.copies_per_pass = min(int(state["copies_per_pass"]), len(self.copies))
+        self.plan.load_state_dict(state)
 
     def _accumulate(self, batches: Sequence[Any], update: int, denominator: Tensor, *, reduce: bool = True) -> Tensor:
         """All passes of the update; gradients are reduced over ranks in the last one only."""
         loss = torch.zeros((), device=self.accelerator.device)
         first_shard = self.accelerator.process_index * len(batches)
-        passes = [(i, copies) for i in range(len(batches)) for copies in self._passes()]
+        passes = [(i, copies) for i in range(len(batches)) for copies in self.plan.passes]
         for number, (i, copies) in enumerate(passes):
             is_last = number == len(passes) - 1
             sync = nullcontext() if is_last and reduce else self.accelerator.no_sync(self.model)
@@ -170,61 +148,11 @@ class TrainStep:
             loss += nll.detach()
         return loss
 
-    def _passes(self) -> list[tuple[int, ...]]:
-        return plan_passes(self.copies, self.copies_per_pass)
-
     def _copies(self, batch: Any, copies: tuple[int, ...], update: int, shard: int) -> AbstractContextManager[None]:
         if self.copy_seed is None:
             return copies_of_pass(copies)
         samples = count_samples(batch)
         return copy_streams(copies, seed=self.copy_seed, update=update, shard=shard, num_samples=samples)
-
-    def _fit(self, batches: Sequence[Any], update: int, denominator: Tensor) -> Tensor:
-        """The update's passes; alone and with "auto", with as many copies a pass as memory holds."""
-        if not self._may_shrink() or self._has_ranks():
-            return self._accumulate(batches, update, denominator)
-        start = _State.of(self.model)
-        while (loss := self._attempt(batches, update, denominator)) is None:
-            self._halve(start)
-        return loss
-
-    def _try_on_all_ranks(self, batches: Sequence[Any], update: int, denominator: Tensor) -> None:
-        """Find a K that fits everywhere, by doing the passes without reducing gradients; then undo them."""
-        start = _State.of(self.model)
-        while True:
-            failed = self._attempt(batches, update, denominator, reduce=False) is None
-            anywhere = self.accelerator.reduce(torch.tensor(int(failed), device=self.accelerator.device), "sum")
-            if not bool(anywhere):
-                start.restore(self.model)
-                return
-            self._halve(start)
-
-    def _attempt(
-        self, batches: Sequence[Any], update: int, denominator: Tensor, *, reduce: bool = True
-    ) -> Tensor | None:
-        """The loss, or None where memory ran out. The exception is gone on return, and what it kept alive."""
-        try:
-            return self._accumulate(batches, update, denominator, reduce=reduce)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            if self.copies_per_pass == 1 and not self._has_ranks():
-                raise
-        return None
-
-    def _halve(self, start: "_State") -> None:
-        if self.copies_per_pass == 1:
-            raise torch.OutOfMemoryError(
-                "out of memory on some rank with one copy a pass, the smallest plan; give each batch fewer samples"
-            )
-        start.restore(self.model)
-        clear_device_cache(garbage_collection=True)
-        before, self.copies_per_pass = self.copies_per_pass, self.copies_per_pass // 2
-        logger.warning(
-            "out of memory with %d copies in a pass; this update is done again, and the run goes on, with %d",
-            before,
-            self.copies_per_pass,
-        )
 
     def _clip(self) -> Tensor:
         """The gradient's L2 norm before clipping, unscaled once and for all copies (fp16)."""
@@ -234,53 +162,6 @@ class TrainStep:
         self.accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _was_tried(self, size: tuple[int, int]) -> bool:
-        """Whether a batch at least as large in both numbers and longest side has fitted."""
-        return any(size[0] <= numbers and size[1] <= side for numbers, side in self._tried)
-
-    def _may_shrink(self) -> bool:
-        return self.is_auto and self.copies_per_pass > 1
-
-    def _has_ranks(self) -> bool:
-        return self.accelerator.num_processes > 1
-
-
-@dataclass(frozen=True)
-class _State:
-    """What passes change before the optimizer moves: gradients, buffers, generators."""
-
-    gradients: list[Tensor | None]
-    buffers: list[Tensor]
-    generators: dict[str, Any]
-    syncs_buffers: bool | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_State":
-        return cls(
-            [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            [b.clone() for b in model.buffers()],
-            rng_state(),
-            getattr(model, "require_forward_param_sync", None),
-        )
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        for parameter, gradient in zip(model.parameters(), self.gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
-        for buffer, value in zip(model.buffers(), self.buffers, strict=True):
-            buffer.copy_(value)
-        set_rng_state(self.generators)
-        if self.syncs_buffers is not None:
-            # DDP broadcasts buffers in the first forward pass of an update: a rank that failed in it must
-            # do so again together with those that did not
-            model.require_forward_param_sync = self.syncs_buffers  # type: ignore[assignment]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-        return True
-    return should_reduce_batch_size(error)
 
 
 def _count_labels(batch: Any) -> Tensor:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from distributed import run_ranks
+from seqba.step import UpdateResult
+from tasks.errors import RunError, UserError
+from tasks.finite import NonFiniteError
 from tasks.metrics import read_metrics
-from tasks.run import NonFiniteError, RunError
+from tasks.run import Cadence, Run
 from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.config import TranslationConfig
@@ -193,6 +197,23 @@ def test_a_loss_that_is_not_finite_stops_and_names_update_samples_and_checkpoint
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "run", 4).values())
 
 
+def test_an_accelerator_that_runs_ahead_names_the_update_that_failed_and_not_the_next(tmp_path, monkeypatch):
+    """There a result is read one update later, so that nothing waits for the device."""
+    ahead = Run(Accelerator(cpu=True), tmp_path / "run", {}, Cadence(9, 9, 9, 9), num_copies=1)
+    model = torch.nn.Linear(2, 3)
+    ahead.attach(model, torch.optim.SGD(model.parameters()))
+    monkeypatch.setattr(type(ahead.accelerator), "device", torch.device("meta"))
+
+    def outcome(loss):
+        return UpdateResult(torch.tensor(loss), torch.ones(()), torch.tensor(5), torch.tensor(2), 1)
+
+    ahead.record(1, outcome(1.0), [10, 11])
+    ahead.record(2, outcome(float("inf")), [20, 21])
+    with pytest.raises(NonFiniteError, match=r"update 2: loss inf.* samples 20, 21 of"):
+        ahead.record(3, outcome(1.0), [30, 31])
+    assert ahead.progress.unique_samples == 2  # of the first update alone
+
+
 def launched(code, launcher, **environment):
     """What a script prints under a launcher, with only the stated OMP_NUM_THREADS."""
     kept = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("ACCELERATE")}
@@ -286,3 +307,19 @@ def test_two_ranks_draw_their_own_masks_and_resume_bitwise(tmp_path, cache):
     straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(straight[name], killed[name]) for name in straight)
     assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+
+
+def test_copies_between_which_nothing_is_random_are_refused_before_training_and_allowed_by_option(tmp_path, cache):
+    still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    with pytest.raises(UserError, match=r"(?s)inactive.*The copies are identical.*--allow-identical-copies"):
+        run(tmp_path / "run", cache, **still)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run(tmp_path / "run", cache, allow_identical_copies=True, **still)
+    one, same = rows(run(tmp_path / "one", cache, ba_m=1, **still)), rows(tmp_path / "run")
+    assert [row["loss"] for row in same] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+
+
+def test_the_audit_moves_no_generator(tmp_path, cache):
+    audited = run(tmp_path / "audited", cache)
+    run(tmp_path / "not", cache, allow_identical_copies=True)
+    assert all(torch.equal(x, weights(tmp_path / "not")[name]) for name, x in weights(audited).items())
