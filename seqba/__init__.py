@@ -1,4 +1,9 @@
-"""seqba: Batch Augmentation for sequence models (Hoffer et al. 2020, "Augment Your Batch")."""
+"""seqba: Batch Augmentation for sequence models (Hoffer et al. 2020, "Augment Your Batch").
+
+The Hugging Face Trainer integration is imported when it is first asked for: transformers' Trainer is slow to load.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from seqba.audit import IdenticalCopiesError as IdenticalCopiesError
 from seqba.audit import MaskAudit as MaskAudit
@@ -27,3 +32,32 @@ from seqba.step import plan_passes as plan_passes
 from seqba.streams import copies_of_pass as copies_of_pass
 from seqba.streams import copy_streams as copy_streams
 from seqba.streams import current_copies as current_copies
+
+if TYPE_CHECKING:
+    from seqba.trainer import BatchAugmentationArguments as BatchAugmentationArguments
+    from seqba.trainer import BatchAugmentationMixin as BatchAugmentationMixin
+    from seqba.trainer import BatchAugmentationSeq2SeqTrainer as BatchAugmentationSeq2SeqTrainer
+    from seqba.trainer import BatchAugmentationTrainer as BatchAugmentationTrainer
+    from seqba.trainer import augment as augment
+
+_IN_TRAINER = (
+    "BatchAugmentationArguments",
+    "BatchAugmentationMixin",
+    "BatchAugmentationSeq2SeqTrainer",
+    "BatchAugmentationTrainer",
+    "augment",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what stands on transformers' Trainer when it is first asked for."""
+    if name not in _IN_TRAINER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from seqba import trainer
+
+    return getattr(trainer, name)
+
+
+def __dir__() -> list[str]:
+    """All names, those of the Trainer integration too."""
+    return sorted([*globals(), *_IN_TRAINER])

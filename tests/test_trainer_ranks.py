@@ -1,0 +1,185 @@
+"""The Trainer on two ranks over gloo: the gradient law, masks of their own, one plan for both."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from distributed import run_ranks
+from tiny_models import FAMILIES
+from trainers import ENCODER_DECODERS, Pad, Samples, token_gradient
+
+PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]
+QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
+
+LAW = """
+import gc, itertools, json, sys, tempfile
+import torch
+from distributed import report
+from tiny_models import FAMILIES
+from trainers import ENCODER_DECODERS, Pad, Samples, trainer_gradients
+
+families, plans = json.loads(sys.argv[1])
+folder = tempfile.mkdtemp()
+found = {}
+gc.freeze()
+for family, smoothing, accumulation in itertools.product(families, (0.0, 0.1), (1, 2)):
+    torch.manual_seed(0)
+    model = FAMILIES[family](dropout=0.0)
+    collator = Pad(model if smoothing and family in ENCODER_DECODERS else None)
+    settings = {"label_smoothing_factor": smoothing, "gradient_accumulation_steps": accumulation}
+    for num_copies, copies_per_pass in plans:
+        (gradient,) = trainer_gradients(
+            folder, model, Samples(family, 6 * accumulation), collator=collator, settings=settings,
+            ba_m=num_copies, copies_per_pass=copies_per_pass, allow_identical_copies=True,
+        )
+        cell = f"{family} {smoothing} {accumulation} {num_copies} {copies_per_pass}"
+        tensors = gradient.values()
+        found[cell] = [float(x.double().sum()) for x in tensors] + [float(x.norm()) for x in tensors]
+report({"num_processes": torch.distributed.get_world_size(), "found": found})
+"""
+
+
+def summary(gradient):
+    return [float(x.double().sum()) for x in gradient.values()] + [float(x.norm()) for x in gradient.values()]
+
+
+def check_law(families, plans, timeout=180):
+    ranks = run_ranks(LAW, 2, args=[json.dumps([families, plans])], timeout=timeout)
+    assert [rank["num_processes"] for rank in ranks] == [2, 2]
+    assert ranks[0]["found"].keys() == ranks[1]["found"].keys()
+    for family, smoothing, accumulation in itertools.product(families, (0.0, 0.1), (1, 2)):
+        torch.manual_seed(0)
+        model = FAMILIES[family](dropout=0.0)
+        data = Samples(family, 6 * accumulation)
+        batch = Pad(model if smoothing and family in ENCODER_DECODERS else None)(data.rows)
+        want = torch.tensor(summary(token_gradient(model, [batch], smoothing)))
+        for num_copies, copies_per_pass in plans:
+            cell = f"{family} {smoothing} {accumulation} {num_copies} {copies_per_pass}"
+            for rank in ranks:
+                got = torch.tensor(rank["found"][cell])
+                torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5, msg=lambda m, cell=cell: f"{cell}: {m}")
+
+
+@pytest.mark.trap(8)
+@pytest.mark.trap(9)
+def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens():
+    check_law(["marian", "gpt2"], QUICK_PLANS)
+
+
+@pytest.mark.slow
+@pytest.mark.trap(9)
+def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens_under_every_plan():
+    check_law(list(FAMILIES), PLANS, timeout=1200)
+
+
+MASKS = """
+import tempfile
+import torch
+from torch import nn
+from distributed import report
+from trainers import Pad, trainer_gradients
+
+class Shown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.drop = nn.Parameter(torch.ones(())), nn.Dropout(0.5)
+    def forward(self, input_ids, labels=None):
+        logits = self.drop(self.weight.expand(len(input_ids), 64))
+        return {"loss": logits.mean(), "logits": logits}
+
+class Same(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, n): return {"input_ids": torch.tensor([5]), "labels": torch.tensor([5])}
+
+def masks(**options):
+    seen = []
+    def loss(outputs, labels, num_items_in_batch=None):
+        if torch.is_grad_enabled():
+            seen.append((outputs["logits"] != 0).int().tolist())
+        return outputs["loss"]
+    collate = lambda samples: {key: x for key, x in Pad()(samples).items() if key != "attention_mask"}
+    settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "train_sampling_strategy": "random"}
+    trainer_gradients(tempfile.mkdtemp(), Shown(), Same(), collator=collate, compute_loss_func=loss,
+                      settings=settings, **options)
+    return seen
+
+report({"processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0,
+        "drawn": masks(ba_m=3, copies_per_pass=3), "again": masks(ba_m=3, copies_per_pass=3),
+        "streams": masks(ba_m=3, copies_per_pass=3, reproducible_copies=True),
+        "passes": masks(ba_m=3, copies_per_pass=1, reproducible_copies=True)})
+"""
+
+
+@pytest.mark.trap(13)
+def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch():
+    ranks = run_ranks(MASKS, 2)
+    for how in ("drawn", "streams"):
+        updates = list(zip(*(rank[how] for rank in ranks), strict=True))
+        assert len(updates) == 4  # two an epoch
+        rows = [tuple(row) for passes in updates for masks in passes for row in masks]
+        assert len(rows) == 4 * 2 * 6
+        assert len(set(rows)) == len(rows)
+    for rank in ranks:
+        assert rank["again"] == rank["drawn"]  # the same run again draws the same
+        fused = [row for masks in rank["streams"] for row in masks]
+        assert [row for masks in rank["passes"] for row in masks] == fused  # copy-major, whatever the plan
+
+
+OTHERS = """
+import logging, tempfile
+import torch
+from accelerate import PartialState
+from distributed import report
+from test_trainer_run import SmallMemory
+from tiny_models import llama
+from trainers import Samples, Seen, make, trainer_gradients
+
+folder = tempfile.mkdtemp()
+torch.manual_seed(0)
+model = llama(dropout=0.0)
+def total(gradients):
+    return [[float(x.double().sum()) for x in gradient.values()] for gradient in gradients]
+
+own = trainer_gradients(folder, model, Samples("llama", 6), settings={"average_tokens_across_devices": False},
+                        ba_m=3, copies_per_pass=2, allow_identical_copies=True)
+rank = PartialState().process_index
+small = SmallMemory(model, 6 if rank == 1 else 99)  # only rank 1 is short: two copies of its three samples fit
+seen = Seen()
+trainer = make(folder, small, Samples("llama", 12), ba_m=4, callbacks=[seen], allow_identical_copies=True)
+trainer.train()
+counts = []
+evaluated = make(folder, model, ba_m=3, settings={"per_device_eval_batch_size": 4},
+                 compute_metrics=lambda p: counts.append(len(p.predictions)) or {})
+evaluated.evaluate()
+evaluated.predict(Samples("llama", 13))
+report({"counts": counts, "own": total(own), "short": total(seen.gradients),
+        "copies_per_pass": trainer.counters.copies_per_pass,
+        "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances)})
+"""
+
+
+@pytest.fixture(scope="module")
+def other_findings():
+    return run_ranks(OTHERS, 2)
+
+
+@pytest.mark.trap(7)
+def test_rows_that_do_not_fill_the_batches_of_two_ranks_are_evaluated_once(other_findings):
+    assert [rank["counts"] for rank in other_findings] == [[10, 13], [10, 13]]
+
+
+def test_ranks_agree_on_a_plan_count_together_and_may_average_by_rank(other_findings):
+    ranks = other_findings
+    torch.manual_seed(0)
+    model, data = FAMILIES["llama"](dropout=0.0), Samples("llama", 12).rows
+    assert [rank["copies_per_pass"] for rank in ranks] == [2, 2]
+    assert [(rank["unique"], rank["seen"]) for rank in ranks] == [(12, 48), (12, 48)]
+    updates = [token_gradient(model, [Pad()(data[i : i + 6])]) for i in (0, 6)]
+    own = [token_gradient(model, [Pad()(rows)]) for rows in (data[0:3], data[3:6])]
+    mean = {name: (own[0][name] + own[1][name]) / 2 for name in own[0]}
+    for rank in ranks:
+        for got, want in zip([*rank["short"], *rank["own"]], [*updates, mean], strict=True):
+            sums = torch.tensor([float(x.double().sum()) for x in want.values()])
+            torch.testing.assert_close(torch.tensor(got), sums, rtol=1e-3, atol=1e-5)
