@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from seqba.audit import audit_masks, check_copies_differ
+from seqba.audit.state import is_compiled
 from seqba.plan import CopyPlan, PassState
 from seqba.random_state import set_rng_state
 from seqba.trainer_batch import is_packed, take_copies, without_packing
@@ -37,7 +38,7 @@ def refuse_unsupported(trainer: Trainer, reproducible_copies: bool) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise ValueError("Batch Augmentation is not supported with tensor, context or sequence parallelism; use DDP")
-    if reproducible_copies and (trainer.args.torch_compile or _is_compiled(trainer.model)):
+    if reproducible_copies and (trainer.args.torch_compile or any(map(is_compiled, trainer.model.modules()))):
         raise ValueError(
             "reproducible_copies needs to see every random operation, and a compiled model draws inside its kernels; "
             "train without torch_compile or without reproducible_copies"
@@ -169,10 +170,3 @@ def check_copies(trainer: Trainer, model: nn.Module, inputs: Any) -> None:
     model.train()  # as the Trainer's step does
     unwrapped = trainer.accelerator.unwrap_model(model)
     check_copies_differ(audit_masks(unwrapped, rows, num_copies=2, forward=forward, measure_variance=False))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )

@@ -48,7 +48,7 @@ def undisturbed(model: nn.Module) -> Iterator[OwnGenerators]:
         model.train()
     try:
         with ExitStack() as stack:
-            if any(_is_compiled(module) for module in model.modules()):
+            if any(is_compiled(module) for module in model.modules()):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
             # gradient checkpointing expects gradients, and warns without
@@ -77,5 +77,6 @@ def bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of this very module run compiled code."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.loss import count_targets
 from tasks.machine import start_accelerator
+from tasks.translation.benchmark.updates import wait_for_device
 from tasks.translation.config import TranslationConfig
 from tasks.translation.data import TokenPairs
 from tasks.translation.prepare import prepare
@@ -103,7 +104,7 @@ class _Timed(Seq2SeqTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step == _WARM_UP and not self.start:
-            _wait()
+            wait_for_device()
             self.start = time.perf_counter()
         if self.start:
             self.targets += int(count_targets(inputs["labels"]))
@@ -117,13 +118,8 @@ class _End(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
-            _wait()
+            wait_for_device()
             self.end = time.perf_counter()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _all(pairs: TokenPairs) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class OwnUpdates:
     def advance(self, count: int) -> int:
         """Do `count` updates; returns their target tokens, copies counted. The device has finished then."""
         total = sum(int(next(self._run).num_targets) for _ in range(count))
-        _wait()
+        wait_for_device()
         return total
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class BareUpdates:
         for _ in range(count):
             self._update(self._batches[self._next % len(self._batches)])
             self._next += 1
-        _wait()
+        wait_for_device()
 
     def _update(self, batch: dict[str, Tensor]) -> None:
         with self._accelerator.autocast():
@@ -87,6 +87,7 @@ def waiting_for_data() -> Iterator[list[float]]:
         BatchStream.take = take  # type: ignore[method-assign]
 
 
-def _wait() -> None:
+def wait_for_device() -> None:
+    """Return when the device has done all it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
