@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from tasks.translation import decode
-from tasks.translation.beam_cache import BeamCache
+from tasks.translation.beam_cache import CACHE, BeamCache
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.decode import (
     GNMT_RERANK,
@@ -146,7 +146,7 @@ def test_a_search_without_settled_sentences_finds_the_same_beams(family, early_s
     with skip_finished(model):
         for _ in range(2):  # a second search starts anew
             rows.clear()
-            got = model.generate(**batch, **settings, past_key_values=BeamCache(model.config))
+            got = model.generate(**batch, **settings, **{CACHE: BeamCache(model.config)})
     assert torch.equal(got.sequences, plain.sequences)
     torch.testing.assert_close(got.sequences_scores, plain.sequences_scores, rtol=1e-5, atol=1e-5)
     assert sum(rows[::2]) <= plain_rows

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tasks.translation.beam_cache import BeamCache
+from tasks.translation.beam_cache import CACHE, BeamCache
 from tasks.translation.decode import GNMT_RERANK, Decoding, translate
 from tasks.translation.mc_dropout import averaged_over_masks, dropout_on, has_dropout
 from tasks.translation.skip_finished import skip_finished
@@ -26,7 +26,7 @@ def search(model, num_masks, **settings):
     cache = BeamCache(model.config, num_copies=num_masks)
     with averaged_over_masks(model, num_masks), skip_finished(model):
         return model.generate(
-            **sources_batch(), past_key_values=cache, return_dict_in_generate=True, output_scores=True, **settings
+            **sources_batch(), **{CACHE: cache}, return_dict_in_generate=True, output_scores=True, **settings
         )
 
 
@@ -44,7 +44,7 @@ class KeyedDropout:
 
     def start(self, module, args, kwargs):
         self.call = 0
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         self.first_position = 0 if cache is None else cache.get_seq_length()
 
     def __call__(self, x, p=0.5, training=True, inplace=False):
@@ -122,7 +122,7 @@ def test_more_masks_leave_less_variance(family):
         with averaged_over_masks(model, num_masks):
             cache = BeamCache(model.config, num_masks)
             out = model.generate(
-                **batch, past_key_values=cache, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
+                **batch, **{CACHE: cache}, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
             )
         probabilities = out.scores[0].softmax(-1)
         torch.testing.assert_close(out.scores[0].logsumexp(-1), torch.zeros(num_repeats), rtol=0, atol=1e-5)

@@ -1,8 +1,14 @@
 """The key-value cache of a beam search: over one copy of the model or several, and without beams that are done."""
 
+import inspect
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig
+
+_PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# what `generate` and `forward` call their cache: renamed in transformers 5.24
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 
 
 class BeamCache(EncoderDecoderCache):
@@ -11,6 +17,8 @@ class BeamCache(EncoderDecoderCache):
     After each step of a beam search the survivors' rows are gathered, here in the decoder's self-attention alone:
     the beams of a sentence attend to the same source, so that its keys and values, most of the cache, are equal in
     all their rows and can stay where they are. Beams never leave their sentence, and rows never leave their copy.
+
+    `generate(..., **{CACHE: BeamCache(model.config)})` searches with it.
 
     Args:
         config: the model's.

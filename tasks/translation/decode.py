@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import MarianTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig
 
-from tasks.translation.beam_cache import BeamCache
+from tasks.translation.beam_cache import CACHE, BeamCache
 from tasks.translation.data import LineEncoder
 from tasks.translation.mc_dropout import averaged_over_masks
 from tasks.translation.skip_finished import skip_finished
@@ -137,7 +137,7 @@ def _search(
     """The best translation of every sentence: (B, S) -> (B, T), padded."""
     num_masks = decoding.num_masks if decoding else 0
     cache = BeamCache(model.config, num_copies=max(1, num_masks))
-    settings = {"past_key_values": cache, "use_cache": True, "cache_implementation": None, **settings}
+    settings = {CACHE: cache, "use_cache": True, "cache_implementation": None, **settings}
     if decoding is None:
         return model.generate(**batch, **settings)
     # length_penalty None would be filled from the model's own settings; greedy search does not read it

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tasks.translation.beam_cache import CACHE
+
 PER_ROW = ("decoder_input_ids", "attention_mask", "decoder_attention_mask")  # what `forward` is given a row each
 
 _WORTHWHILE = 0.8  # rows are dropped, which copies the cache, once at most this share of them is still searched
@@ -24,7 +26,7 @@ def skip_finished(model: PreTrainedModel) -> Iterator[None]:
     them has no effect. Their rows leave the batch and the cache here, and the search gets zeros for their logits; the
     translations are the same.
 
-    Give `generate` a `BeamCache` as `past_key_values`. Where a version of transformers decides elsewhere, or the search
+    Give `generate` a `BeamCache` as its cache. Where a version of transformers decides elsewhere, or the search
     is greedy, nothing is skipped.
 
     Args:
@@ -66,7 +68,7 @@ class _Rows:
 
     def leave_out(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Inputs (R, ...) -> (kept, ...)."""
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         self._num_rows = len(kwargs["decoder_input_ids"])
         if cache.get_seq_length() == 0:  # a new search
             self._open = self._kept = None
