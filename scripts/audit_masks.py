@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import sys
 
 from tasks.audit import audit_model
-from tasks.errors import UserError
+from tasks.errors import explained
 
 
 def main() -> None:
@@ -16,12 +15,10 @@ def main() -> None:
     parser.add_argument("--num-copies", type=int, default=4, help="M; more give a sharper estimate of the variance")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     options = parser.parse_args()
-    try:
+    with explained():
         audit = audit_model(
             options.model, batch_size=options.batch_size, length=options.length, num_copies=options.num_copies
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
     print(json.dumps(audit.to_dict(), indent=2) if options.json else audit)
 
 

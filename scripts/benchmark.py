@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from tasks.errors import UserError
+from tasks.errors import explained
 from tasks.machine import start_accelerator
 from tasks.translation.benchmark.config import BenchmarkConfig
 from tasks.translation.benchmark.table import MEASUREMENTS
@@ -23,12 +23,10 @@ TASKS = ("translation",)
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in (*TASKS, "-h", "--help"):
         sys.exit(f"error: name what to measure first: {', '.join(TASKS)}")
-    try:
+    with explained():
         parser = HfArgumentParser(BenchmarkConfig, allow_abbrev=False, description=__doc__)
         (config,) = parser.parse_args_into_dataclasses([x for x in sys.argv[1:] if x not in TASKS])
         measure(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def measure(config: BenchmarkConfig) -> None:

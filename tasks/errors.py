@@ -3,24 +3,51 @@
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from seqba.audit import IdenticalCopiesError
 from seqba.checkpoint_files import disk_error
 
 
 class UserError(ValueError):
-    """Something the user asked for or supplied cannot be used; the message says what, and what to do, in one line."""
+    """Something the user asked for or supplied cannot be used; the message says what, and what to do, in one line.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        message: its line ends become spaces.
+        details: what explains it, such as a table; scripts print it, as it is, above the message.
+    """
+
+    def __init__(self, message: str, *, details: str = "") -> None:
         super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+        self.details = details
 
 
 class RunError(UserError):
     """A run that cannot start or go on as asked; the message says what to change."""
+
+
+def identical_copies(error: IdenticalCopiesError, remedy: str) -> UserError:
+    """What a script says of them: the table of the audit, and `remedy`, the option that makes copies differ."""
+    return UserError(
+        f"identical copies are refused; give {remedy}, --ba-m 1, or --allow-identical-copies to train all the same",
+        details=str(error.audit),
+    )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """The body of a script: a `UserError` ends it with status 1 and one line on stderr, Ctrl-C with status 130."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{error.details}\n\nerror: {error}" if error.details else f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager

@@ -311,8 +311,13 @@ def test_two_ranks_draw_their_own_masks_and_resume_bitwise(tmp_path, cache):
 
 def test_copies_between_which_nothing_is_random_are_refused_before_training_and_allowed_by_option(tmp_path, cache):
     still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    with pytest.raises(UserError, match=r"(?s)inactive.*The copies are identical.*--allow-identical-copies"):
+    with pytest.raises(
+        UserError, match=r"^identical copies are refused; give --dropout 0.1, .*--allow-identical-copies"
+    ) as refused:
         run(tmp_path / "run", cache, **still)
+    table = refused.value.details.split("\n")
+    assert sum("inactive (p=0)" in line for line in table) == 9
+    assert table[-1].startswith("The copies are identical")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run(tmp_path / "run", cache, allow_identical_copies=True, **still)
     one, same = rows(run(tmp_path / "one", cache, ba_m=1, **still)), rows(tmp_path / "run")

@@ -18,6 +18,7 @@ from seqba.repeat import count_samples, repeat_batch, unfold
 from seqba.streams import copies_of_pass
 
 UNSEEN = "randomness outside torch"
+_NOT_ASKED = "not measured, as asked"
 _HOST_TRACES = 4  # pairs of traces where Python's or numpy's generator may skip parts of the model
 
 
@@ -123,14 +124,17 @@ class _Auditor:
         run = self.held_runner(few, many)
         if run is None:
             return self.report(
-                operations, "not measured, since the model returned no floating-point tensor with rows of samples"
+                operations,
+                "not measured, since the model returned no floating-point tensor with rows of samples"
+                if measure_variance
+                else _NOT_ASKED,
             )
         if not self.findings.per_copy:
             if copies_differ_unseen(run):
                 operations.insert(0, Operation("", ("",), UNSEEN, None, PER_COPY, 1))
             return self.report(operations)
         if not measure_variance:
-            return self.report(operations, "not measured, as asked")
+            return self.report(operations, _NOT_ASKED)
         return self.report(*self.with_shares(rows, run))
 
     def report(self, operations: list[Operation], variance_note: str = "") -> MaskAudit:

@@ -121,7 +121,17 @@ class MaskAudit:
 
 
 class IdenticalCopiesError(ValueError):
-    """Training with M > 1 would repeat every sample M times with nothing random between the copies."""
+    """Training with M > 1 would repeat every sample M times with nothing random between the copies.
+
+    The message holds the table and the reason; `audit` is what was found.
+    """
+
+    def __init__(self, audit: MaskAudit) -> None:
+        super().__init__(
+            f"{audit}\n\nSwitch a dropout on, augment the input itself, use one copy, or pass "
+            "allow_identical_copies=True where identical copies are wanted."
+        )
+        self.audit = audit
 
 
 def check_copies_differ(audit: MaskAudit, allow_identical_copies: bool = False) -> None:
@@ -140,10 +150,7 @@ def check_copies_differ(audit: MaskAudit, allow_identical_copies: bool = False) 
     if allow_identical_copies or audit.num_copies == 1 or audit.copies_differ:
         return
     if not audit.any_random:
-        raise IdenticalCopiesError(
-            f"{audit}\n\nSwitch a dropout on, augment the input itself, use one copy, or pass "
-            "allow_identical_copies=True where identical copies are wanted."
-        )
+        raise IdenticalCopiesError(audit)
     names = ", ".join(str(operation) for operation in audit.shared)
     warnings.warn(
         f"every random draw is shared by the copies of a pass ({names}): the {audit.num_copies} copies of a sample are "

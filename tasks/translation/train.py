@@ -15,7 +15,7 @@ from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep, UpdateResult
-from tasks.errors import UserError
+from tasks.errors import UserError, identical_copies
 from tasks.machine import start_accelerator
 from tasks.run import Cadence, Run, set_learning_rate
 from tasks.saving import SameData
@@ -168,7 +168,7 @@ def _refuse_identical_copies(loss_model: nn.Module, stream: BatchStream, corpus:
     try:
         check_copies_differ(audit)
     except IdenticalCopiesError as error:
-        raise UserError(f"{error}\n(on the command line: --dropout 0.1, --ba-m 1, --allow-identical-copies)") from error
+        raise identical_copies(error, "--dropout 0.1") from error
 
 
 def _describe_update(config: TranslationConfig, corpus: Corpus, stream: BatchStream) -> str:
