@@ -27,6 +27,10 @@ class UserError(ValueError):
         self.details = details
 
 
+class DataError(UserError):
+    """The user's data or a setting about it is unusable; the message says which and what to do."""
+
+
 class RunError(UserError):
     """A run that cannot start or go on as asked; the message says what to change."""
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import datasets
-
+from tasks.data_sets import load_data_set
 from tasks.translation.text import DataError, ParallelText
 
 SCHEME = "datasets:"
@@ -35,7 +33,7 @@ def read_dataset(source: str, source_lang: str, target_lang: str) -> ParallelTex
         DataError: the name is misspelt, the data set cannot be had (no network, no such split), or lacks a language.
     """
     name, config, split = _parts(source)
-    data = _load(source, name, config, split)
+    data = load_data_set(name, config, split, called=source)
     if _COLUMN not in data.column_names:
         raise DataError(f"{source} has the columns {', '.join(data.column_names)}; parallel text needs {_COLUMN!r}")
     table = data.with_format("arrow")[:][_COLUMN].combine_chunks()
@@ -68,25 +66,6 @@ def _parts(source: str) -> tuple[str, str | None, str]:
     if len(parts) != 3 or not parts[0] or not parts[2]:
         raise DataError(f"a data set is named datasets:NAME:CONFIG:SPLIT (CONFIG may be empty), got {source!r}")
     return parts[0], parts[1] or None, parts[2]
-
-
-def _load(source: str, name: str, config: str | None, split: str) -> datasets.Dataset:
-    folder = Path(name)
-    try:
-        if (folder / config if config else folder).joinpath("dataset_dict.json").is_file():
-            saved: Any = datasets.load_from_disk(str(folder / config if config else folder))
-            if split not in saved:
-                raise DataError(f"{source} has the splits {', '.join(saved)}, not {split!r}")
-            return saved[split]
-        return datasets.load_dataset(name, config, split=split)
-    except DataError:
-        raise
-    except Exception as error:  # the library raises a dozen unrelated types, network errors among them
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(
-            f"cannot load {source}: {reason}. NAME must be a hub id that this machine can download or has in its "
-            "cache, or a local folder"
-        ) from error
 
 
 def _one_line(sentence: str) -> str:

@@ -1,18 +1,11 @@
-"""A translation model from a folder or the hub, with everything that makes it useless found before it is used."""
+"""A translation model from a folder or the hub."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import UserError
+from tasks.pretrained import load_config_and_tokenizer, load_weights
 
 
 def load_translator(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -25,72 +18,7 @@ def load_translator(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         UserError: there is no such folder or hub id, it is no encoder-decoder, its weights are incomplete or damaged,
             it has no tokenizer, or one of another model.
     """
-    folder = _local_folder(name)
-    config = _load(name, "a model's config.json", AutoConfig, folder)
+    config, tokenizer = load_config_and_tokenizer(name)
     if not config.is_encoder_decoder:
         raise UserError(f"--model {name} is a {config.model_type}, which is no encoder-decoder and cannot translate")
-    tokenizer = _load(name, "a tokenizer", AutoTokenizer, folder)
-    if folder is not None:
-        _check_tokenizer_files(folder, tokenizer)
-    with _quiet():
-        model, report = _load(name, "its weights", AutoModelForSeq2SeqLM, folder, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"--model {name} lacks {len(missing)} of its weights ({missing[0]} ...): they would be random")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"--model {name}: its tokenizer has {len(tokenizer)} pieces, the model only {rows}; one is another's"
-        )
-    return model.eval(), tokenizer
-
-
-def _local_folder(name: str) -> Path | None:
-    """The folder that `name` is, or None where it is a hub id."""
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / "model" / "config.json").is_file():
-            raise UserError(f"--model {name} is a run folder; its model is {folder / 'model'}")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--model {name} has no config.json: it is not a model folder of transformers")
-        return folder
-    if folder.exists():
-        raise UserError(f"--model {name} is a file; a model is a folder, or a hub id")
-    if name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1:  # a hub id has one slash at most
-        raise UserError(f"--model {name}: there is no such folder")
-    return None
-
-
-def _load(name: str, what: str, loader: Any, folder: Path | None, **more: Any) -> Any:
-    try:
-        return loader.from_pretrained(name if folder is None else str(folder), **more)
-    except Exception as error:  # transformers, the hub and safetensors raise a dozen unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        if folder is None:
-            raise UserError(
-                f"--model {name} is neither a folder here nor a hub id that this machine can download or has in its "
-                f"cache ({reason})"
-            ) from error
-        raise UserError(f"--model {name}: {what} cannot be loaded from this folder ({reason})") from error
-
-
-def _check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers makes some tokenizers out of nothing where a folder has none: empty ones."""
-    settings = ("tokenizer_config.json", "special_tokens_map.json")
-    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}.difference(settings)
-    of_bytes = not tokenizer.vocab_files_names
-    if not of_bytes and not any((folder / name).is_file() for name in names):
-        raise UserError(
-            f"--model {folder} has no tokenizer (none of {', '.join(sorted(names))}): save the model's there with "
-            "tokenizer.save_pretrained"
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What transformers' loading report says is checked here, and raised."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    return load_weights(name, AutoModelForSeq2SeqLM, tokenizer)[0], tokenizer

@@ -14,16 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tasks.errors import UserError
+from tasks.errors import DataError as DataError
 
 OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}  # by file name
 DROP_REASONS = ("empty", "too_long", "length_ratio")  # the keys of every count of dropped pairs
 _UTF8_BOM = b"\xef\xbb\xbf"
 _HASHED_LINES = 10_000  # a pass of `fingerprint`; part of its definition
-
-
-class DataError(UserError):
-    """The user's data or a setting about it is unusable; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
