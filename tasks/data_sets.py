@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,15 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
     if split not in splits:
         raise DataError(f"{called} has the splits {', '.join(splits)}, not {split!r}")
     return splits[split]
+
+
+@contextmanager
+def without_cache_files() -> Iterator[None]:
+    """Inside, `map` and `filter` leave nothing beside the data: their files end with the process."""
+    was_enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.enable_caching()

@@ -1,0 +1,149 @@
+"""The options of `scripts/finetune.py`: the model, the data, Batch Augmentation, and all of transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from seqba.trainer_arguments import BatchAugmentationArguments
+from tasks.errors import UserError
+from tasks.options import OptionParser
+
+SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
+TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
+LAST = "last"
+
+# What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
+_FROM_NOTHING: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "max_steps": 400,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 25,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "save_steps": 200,
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """What is trained, and on what."""
+
+    model: str | None = _option(
+        None, "model folder of transformers or hub id, with its tokenizer; by default a small new one"
+    )
+    task: str | None = _option(
+        None, f"{', '.join(TASKS)}; by default what the model's head is for, {SEQ2SEQ} for a new model"
+    )
+    dataset: str | None = _option(
+        None, "data set: a folder of save_to_disk or of data files, or a hub id; by default a generated one"
+    )
+    dataset_config: str | None = _option(None, "configuration of the data set, such as de-en of wmt/wmt16")
+    source_column: str | None = _option(None, f"column of the sources of {SEQ2SEQ}")
+    target_column: str | None = _option(None, f"column of the targets of {SEQ2SEQ}")
+    source_lang: str | None = _option(None, "language of the sources, of a column `translation` of dictionaries")
+    target_lang: str | None = _option(None, "language of the targets, of a column `translation` of dictionaries")
+    source_prefix: str = _option("", 'text put before every source, such as T5\'s "translate English to German: "')
+    text_column: str | None = _option(None, f"column of the texts of {CAUSAL} and {CLASSIFICATION}")
+    text_pair_column: str | None = _option(None, f"column of a second text beside it, of {CLASSIFICATION}")
+    label_column: str = _option("label", f"column of the classes of {CLASSIFICATION}")
+    max_length: int = _option(512, "tokens of a text, or of a side; longer ones are cut, and counted")
+    valid_share: float = _option(
+        0.05, "share of the training split that is held out where there is no validation split"
+    )
+    num_beams: int = _option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}")
+    length_penalty: float = _option(0.6, "finished beams are ranked by log-probability / length^this")
+    cache_dir: str = _option("runs/cache", "folder for the vocabulary of a new model")
+
+    def __post_init__(self) -> None:
+        if self.task not in (None, *TASKS):
+            raise UserError(f"--task must be one of {', '.join(TASKS)}, got {self.task}")
+        if self.max_length < 2:
+            raise UserError(f"--max_length must be at least 2, got {self.max_length}")
+        if self.num_beams < 1:
+            raise UserError(f"--num_beams must be at least 1, got {self.num_beams}")
+        if not 0 < self.valid_share < 1:
+            raise UserError(f"--valid_share must be above 0 and below 1, got {self.valid_share}")
+        if self.model is None and self.dataset is not None:
+            raise UserError("--dataset needs --model: a model that is made here knows the generated text alone")
+        if (self.source_column is None) != (self.target_column is None):
+            raise UserError("--source_column and --target_column name the two sides: give both, or neither")
+
+
+def parse_finetuning(
+    argv: Sequence[str] | None = None,
+) -> tuple[FinetuningConfig, BatchAugmentationArguments, TrainingArguments]:
+    """Options from the command line; those of `TrainingArguments` are all there, under their own names.
+
+    Raises:
+        UserError: an option is unknown or out of range; the message names it.
+    """
+    parser = OptionParser(
+        (FinetuningConfig, BatchAugmentationArguments, TrainingArguments),
+        allow_abbrev=False,
+        description="Train a transformers model on a data set, with Batch Augmentation.",
+    )
+    parser.set_defaults(output_dir=None, report_to="none", dataloader_pin_memory=torch.cuda.is_available())
+    named, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+    parser.set_defaults(output_dir=default_folder(named.model, named.dataset, named.task, named.ba_m, named.seed))
+    if named.model is None:
+        parser.set_defaults(**_FROM_NOTHING)
+    try:
+        config, ba_args, args = parser.parse_args_into_dataclasses(argv)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, ImportError) as error:  # of BatchAugmentationArguments and TrainingArguments
+        raise UserError(str(error)) from error
+    args.resume_from_checkpoint = _checkpoint(args)
+    return config, ba_args, args
+
+
+def default_folder(model: str | None, dataset: str | None, task: str | None, num_copies: int, seed: int) -> str:
+    """The run folder where none is named.
+
+    >>> default_folder("models/t5-small", "data/xsum/", None, 4, 0)
+    'runs/finetune-t5-small-xsum-m4-seed0'
+    """
+    what = [name.rstrip("/").rsplit("/", 1)[-1] for name in (model, dataset) if name] or ["generated", task or SEQ2SEQ]
+    return f"runs/finetune-{'-'.join(what)}-m{num_copies}-seed{seed}"
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: a folder, or the newest of the run folder."""
+    if args.resume_from_checkpoint not in (LAST, "true", "True"):
+        return args.resume_from_checkpoint
+    try:
+        last: str | None = get_last_checkpoint(args.output_dir)
+    except FileNotFoundError:
+        last = None
+    if last is None:
+        raise UserError(f"--resume_from_checkpoint {LAST}: {args.output_dir} holds no checkpoint; leave the option out")
+    return last
+
+
+def as_json(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments) -> dict[str, Any]:
+    """All options, for `results.json`; of transformers' own those that are not what they are by default."""
+    changed = {
+        option.name: getattr(args, option.name)
+        for option in fields(args)
+        if option.init and option.default is not MISSING and getattr(args, option.name) != option.default
+    }
+    return {**asdict(config), **asdict(ba_args), "training": {name: _plain(value) for name, value in changed.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: transformers' enumerations by their values."""
+    return value if isinstance(value, (int, float, list, type(None))) else str(getattr(value, "value", value))

@@ -1,0 +1,101 @@
+"""What is trained where nothing is named: small new models, and the generated text as a data set of each task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ
+from tasks.translation.corpus import generate_corpus
+from tasks.translation.model import build_model
+from tasks.translation.text import ParallelText
+from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+
+_VOCAB_SIZE, _WIDTH, _NUM_LAYERS, _NUM_HEADS, _POSITIONS, _DROPOUT = 1_000, 128, 2, 4, 128, 0.1
+_LABELS = ["statement", "question"]
+
+
+def generate_data(task: str) -> DatasetDict:
+    """The built-in English-German corpus as a data set in three splits.
+
+    Translation pairs (`source`, `target`), English sentences (`text`), or English sentences without their full stop or
+    question mark, and which of the two it was (`text`, `label`).
+    """
+    corpus = generate_corpus()
+    return DatasetDict({"validation" if name == "valid" else name: _split(task, text) for name, text in corpus.items()})
+
+
+def generate_model(task: str, cache_dir: str, seed: int) -> tuple[PreTrainedModel, Any]:
+    """A small model with new weights, and the tokenizer of the generated corpus."""
+    tokenizer = load_tokenizer(train_tokenizer(generate_corpus()["train"], _VOCAB_SIZE, cache_dir))
+    torch.manual_seed(seed)
+    return _MODELS[task](vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, eos=tokenizer.eos_token_id), tokenizer
+
+
+def _split(task: str, text: ParallelText) -> Dataset:
+    if task == SEQ2SEQ:
+        return Dataset.from_dict({"source": list(text.source), "target": list(text.target)})
+    if task == CAUSAL:
+        return Dataset.from_dict({"text": list(text.source)})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=_LABELS)})
+    labels = [int(sentence.endswith("?")) for sentence in text.source]
+    return Dataset.from_dict({"text": [line.rstrip(".?") for line in text.source], "label": labels}, features=features)
+
+
+def _seq2seq(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
+    return build_model(
+        vocab_size=vocab_size,
+        width=_WIDTH,
+        ffn_width=4 * _WIDTH,
+        num_layers=_NUM_LAYERS,
+        num_heads=_NUM_HEADS,
+        dropout=_DROPOUT,
+        attention_dropout=_DROPOUT,
+        activation_dropout=_DROPOUT,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        max_length=_POSITIONS,
+    )
+
+
+def _causal(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=_WIDTH,
+            n_layer=_NUM_LAYERS,
+            n_head=_NUM_HEADS,
+            n_positions=_POSITIONS,
+            embd_pdrop=_DROPOUT,
+            resid_pdrop=_DROPOUT,
+            attn_pdrop=_DROPOUT,
+            pad_token_id=pad,
+            bos_token_id=eos,
+            eos_token_id=eos,
+        )
+    )
+
+
+def _classifier(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=_WIDTH,
+            num_hidden_layers=_NUM_LAYERS,
+            num_attention_heads=_NUM_HEADS,
+            intermediate_size=4 * _WIDTH,
+            max_position_embeddings=_POSITIONS,
+            hidden_dropout_prob=_DROPOUT,
+            attention_probs_dropout_prob=_DROPOUT,
+            pad_token_id=pad,
+            num_labels=len(_LABELS),
+            id2label=dict(enumerate(_LABELS)),
+            label2id={name: n for n, name in enumerate(_LABELS)},
+        )
+    )
+
+
+_MODELS: dict[str, Any] = {SEQ2SEQ: _seq2seq, CAUSAL: _causal, CLASSIFICATION: _classifier}

@@ -1,0 +1,63 @@
+"""What evaluation says beside the Trainer's loss, which is a mean of the batches' means: sums over all targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from seqba.loss import IGNORE_INDEX
+from tasks.finetuning.config import CAUSAL, CLASSIFICATION
+
+
+def metrics_for(task: str) -> tuple[Callable[[Any, Tensor], Tensor], Callable[[EvalPrediction], dict[str, float]]]:
+    """`preprocess_logits_for_metrics` and `compute_metrics` of a Trainer.
+
+    The first reduces the logits of a batch to two numbers a row, (B, 2), so that no logits are kept; the second sums
+    them: `nats_per_token` and `perplexity` of texts, `accuracy` (0 to 1) of classes.
+    """
+    if task == CLASSIFICATION:
+        return correct_per_row, accuracy
+
+    def nats_per_row(logits: Any, labels: Tensor) -> Tensor:
+        return token_nats_per_row(logits, labels, is_causal=task == CAUSAL)
+
+    return nats_per_row, perplexity
+
+
+def token_nats_per_row(logits: Any, labels: Tensor, *, is_causal: bool) -> Tensor:
+    """(B, T, V), (B, T) -> (B, 2): summed nats of a row's targets, and how many they are.
+
+    A causal model's logits at a position are for the next label.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if is_causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    nats = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX
+    )
+    return torch.stack([nats.sum(1), (labels != IGNORE_INDEX).sum(1).to(nats)], dim=1)
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """exp of the mean nats of all targets."""
+    nats, targets = prediction.predictions.sum(axis=0, dtype=float)
+    mean = nats / targets if targets else math.nan
+    return {"nats_per_token": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+
+
+def correct_per_row(logits: Any, labels: Tensor) -> Tensor:
+    """(B, C), (B,) -> (B, 2): 1 where the highest logit is the label's, and 1."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    correct = logits.argmax(-1) == labels
+    return torch.stack([correct, torch.ones_like(correct)], dim=1).float()
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of samples whose class is right."""
+    correct, samples = prediction.predictions.sum(axis=0, dtype=float)
+    return {"accuracy": correct / samples}
