@@ -52,7 +52,7 @@ def load_weights(
     """
     with _quiet():
         model, report = _load(name, "its weights", loader, _local_folder(name), output_loading_info=True, **more)
-    missing = sorted(report["missing_keys"])
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     base = f"{model.base_model_prefix}."
     lacking = [key for key in missing if key.startswith(base)] if new_head else missing
     if lacking:

@@ -32,9 +32,11 @@ def task_of(config: FinetuningConfig, model_config: PreTrainedConfig | None) -> 
     """The task that was asked for, or the one that the model's head is for.
 
     Raises:
-        UserError: neither says.
+        UserError: neither says, or the model cannot do it.
     """
     if config.task is not None:
+        if model_config is not None and config.task != CLASSIFICATION:
+            _check_kind(config, model_config.is_encoder_decoder)
         return config.task
     if model_config is None:
         return SEQ2SEQ
@@ -51,6 +53,13 @@ def task_of(config: FinetuningConfig, model_config: PreTrainedConfig | None) -> 
     )
 
 
+def _check_kind(config: FinetuningConfig, is_encoder_decoder: bool) -> None:
+    if config.task == SEQ2SEQ and not is_encoder_decoder:
+        raise UserError(f"--task {SEQ2SEQ} needs an encoder-decoder, and --model {config.model} is none")
+    if config.task == CAUSAL and is_encoder_decoder:
+        raise UserError(f"--task {CAUSAL} needs a decoder alone, and --model {config.model} is an encoder-decoder")
+
+
 def load_model(
     config: FinetuningConfig, task: str, classes: Sequence[str], seed: int, say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,22 +70,15 @@ def load_model(
     """
     if config.model is None:
         return generate_model(task, config.cache_dir, seed)
-    model_config, tokenizer = load_config_and_tokenizer(config.model)
-    if task == SEQ2SEQ and not model_config.is_encoder_decoder:
-        raise UserError(f"--task {task} needs an encoder-decoder, and --model {config.model} is none")
-    if task == CAUSAL and model_config.is_encoder_decoder:
-        raise UserError(f"--task {task} needs a decoder alone, and --model {config.model} is an encoder-decoder")
+    _, tokenizer = load_config_and_tokenizer(config.model)
     more: dict[str, Any] = {}
     if task == CLASSIFICATION:
         names = dict(enumerate(classes))
         more = {"num_labels": len(classes), "id2label": names, "label2id": {name: n for n, name in names.items()}}
         more["ignore_mismatched_sizes"] = True  # a head for other classes is made anew
-    if task != CLASSIFICATION:
-        model, _ = load_weights(config.model, _LOADERS[task], tokenizer)
-    else:
-        model, new = load_weights(config.model, _LOADERS[task], tokenizer, new_head=True, **more)
-        if new:
-            say(f"{len(new)} weights are new: {', '.join(new)}")
+    model, new = load_weights(config.model, _LOADERS[task], tokenizer, new_head=task == CLASSIFICATION, **more)
+    if new:
+        say(f"{len(new)} weights are new: {', '.join(new)}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"--model {config.model}: its tokenizer has neither a padding nor an end-of-sequence token")

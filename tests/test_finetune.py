@@ -1,0 +1,359 @@
+"""scripts/finetune.py: a model and a data set of any kind become a scored model folder, or one line that says why not."""
+
+import json
+import re
+import shutil
+
+import datasets
+import pytest
+import sacrebleu
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from safetensors.torch import load_file, save_file
+from test_audit_models import bert
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bad_input import call, contents
+from tasks.finetuning.config import parse_finetuning
+from tasks.finetuning.data import encode
+from tasks.finetuning.generated import generate_data
+from tasks.finetuning.metric import token_nats_per_row
+from tiny_models import bart, gpt2, llama, marian, t5
+from word_tokenizer import sentences, word_tokenizer
+
+TRAINING = [
+    "--max_steps",
+    "3",
+    "--per_device_train_batch_size",
+    "4",
+    "--per_device_eval_batch_size",
+    "5",
+    "--logging_steps",
+    "1",
+    "--use_cpu",
+    "true",
+    "--disable_tqdm",
+    "true",
+    "--learning_rate",
+    "0.01",
+    "--save_steps",
+    "2",
+    "--num_beams",
+    "2",
+]
+MODELS = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama, "bert": bert}
+
+
+@pytest.fixture
+def finetune(monkeypatch, capsys, tmp_path):
+    """Run the script in this process into `tmp_path/NAME`: its verdict."""
+
+    def run(*argv, out="run"):
+        return call("finetune.py", [*argv, *TRAINING, "--output_dir", tmp_path / out], monkeypatch, capsys)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with model and tokenizer, by family."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, make in MODELS.items():
+        make().save_pretrained(root / name)
+        word_tokenizer().save_pretrained(root / name)
+    return root
+
+
+def split(count, seed):
+    source, target = sentences(count, longest=7, seed=seed), sentences(count, longest=7, seed=seed + 100)
+    return {"source": source, "target": target}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Data sets in the layouts that people have, by name."""
+    root = tmp_path_factory.mktemp("data")
+    splits = {"train": split(20, 0), "validation": split(6, 1), "test": split(7, 2)}
+
+    def save(name, made, **more):
+        DatasetDict({key: Dataset.from_dict(made(x), **more) for key, x in splits.items()}).save_to_disk(root / name)
+
+    save("pairs", lambda x: x)
+    save("renamed", lambda x: {"article": x["source"], "summary": x["target"], "id": list(range(len(x["source"])))})
+    save(
+        "wmt",
+        lambda x: {"translation": [dict(zip(("en", "de"), p, strict=True)) for p in zip(*x.values(), strict=True)]},
+    )
+    save("texts", lambda x: {"text": x["source"]})
+    labels = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
+    save("classes", lambda x: {"sentence": x["source"], "label": [n % 3 for n in range(len(x["source"]))]},
+         features=labels)  # fmt: skip
+    save(
+        "named",
+        lambda x: {
+            "a": x["source"],
+            "b": x["target"],
+            "kind": ["z" if n % 2 else "k" for n in range(len(x["source"]))],
+        },
+    )
+    Dataset.from_dict({"text": splits["train"]["source"]}).save_to_disk(root / "alone")
+    (root / "files").mkdir()
+    for key, x in splits.items():
+        Dataset.from_dict({"text": x["source"]}).to_parquet(root / "files" / f"{key}-00000-of-00001.parquet")
+    return root
+
+
+CASES = [
+    ("marian", "pairs", ""),
+    ("bart", "renamed", "--source_column article --target_column summary"),
+    ("t5", "wmt", "--source_lang en --target_lang de --source_prefix w5w6"),
+    ("gpt2", "texts", ""),
+    ("llama", "files", ""),
+    ("gpt2", "alone", ""),
+    ("bert", "classes", "--task classification"),
+    ("bert", "named", "--text_column a --text_pair_column b --label_column kind"),
+    ("llama", "classes", "--task classification"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "options"), CASES)
+def test_a_model_of_any_kind_on_a_data_set_of_any_layout_becomes_a_scored_folder(
+    family, name, options, models, data, finetune, tmp_path
+):
+    before = contents(data / name)
+    verdict = finetune("--model", models / family, "--dataset", data / name, "--ba_m", 3, *options.split())
+    assert verdict.status == 0, verdict.error
+    assert contents(data / name) == before  # no cache files beside somebody's data
+    out = tmp_path / "run"
+    results = json.loads((out / "results.json").read_text())
+    assert results["counters"]["unique_samples"] == 12
+    assert results["counters"]["seen_instances"] == 36
+    assert results["options"]["ba_m"] == 3
+    state = load_file(out / "model.safetensors")
+    was = load_file(models / family / "model.safetensors")
+    assert any(not torch.equal(was[key], value) for key, value in state.items() if key in was)
+    assert len(AutoTokenizer.from_pretrained(out)) == len(word_tokenizer())
+    kind = {"classification": "accuracy", "seq2seq": "bleu", "causal": "perplexity"}[results["task"]]
+    assert ("test" in results) == (name != "alone")
+    if name != "alone":
+        assert f"test_{kind}" in results["test"]
+        assert f"{kind} {results['test'][f'test_{kind}']:.4g}" in verdict.stdout
+
+
+def test_the_scores_are_those_of_independent_references(models, data, finetune, tmp_path):
+    finetune("--model", models / "bart", "--dataset", data / "pairs", out="seq2seq")
+    results = json.loads((tmp_path / "seq2seq" / "results.json").read_text())["test"]
+    rows = split(7, 2)
+    hypotheses = (tmp_path / "seq2seq" / "hyp.test.txt").read_text().split("\n")[:-1]
+    bleu = sacrebleu.metrics.BLEU()
+    assert len(hypotheses) == 7
+    assert results["test_bleu"] == pytest.approx(bleu.corpus_score(hypotheses, [rows["target"]]).score)
+    assert results["test_bleu_signature"] == str(bleu.get_signature())
+    assert results["test_bleu_decoding"] == "beam 2, log-probability / L^0.6"
+    finetune("--model", models / "gpt2", "--dataset", data / "texts", out="causal")
+    results = json.loads((tmp_path / "causal" / "results.json").read_text())["test"]
+    model, tokenizer = gpt2(), word_tokenizer()
+    model.load_state_dict(load_file(tmp_path / "causal" / "model.safetensors"), strict=False)
+    model.tie_weights()
+    nats = targets = 0
+    with torch.no_grad():
+        for text in rows["source"]:  # one by one, without padding
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            scores = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+            nats -= float(scores.gather(1, ids[0, 1:, None]).sum())
+            targets += ids.shape[1] - 1
+    assert results["test_nats_per_token"] == pytest.approx(nats / targets, rel=1e-5)
+    assert results["test_perplexity"] == pytest.approx(float(torch.tensor(nats / targets).exp()), rel=1e-4)
+
+
+def test_the_accuracy_is_the_share_of_right_classes(models, data, finetune, tmp_path):
+    finetune("--model", models / "bert", "--dataset", data / "classes", "--task", "classification")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    right = 0
+    with torch.no_grad():
+        for n, text in enumerate(split(7, 2)["source"]):
+            right += int(model(**word_tokenizer()(text, return_tensors="pt")).logits.argmax()) == n % 3
+    assert results["test_accuracy"] == pytest.approx(right / 7)
+
+
+def test_nats_of_a_row_do_not_see_its_padding():
+    logits = torch.randn(2, 4, 5)
+    labels = torch.tensor([[1, 2, -100, -100], [3, 4, 0, 2]])
+    want = [-logits[n, :t].log_softmax(-1).gather(1, labels[n, :t, None]).sum() for n, t in ((0, 2), (1, 4))]
+    got = token_nats_per_row((logits, "cache"), labels, is_causal=False)
+    torch.testing.assert_close(got, torch.stack([torch.stack(want), torch.tensor([2.0, 4.0])], dim=1))
+
+
+# ---- data
+
+
+def test_ids_are_the_tokenizers_and_what_is_cut_or_left_out_is_counted():
+    rows = Dataset.from_dict({"source": ["w3 w4", "w5 w6 w7 w8", " ", "w9"], "target": ["w4", "w4", "w4", None]})
+    encoded, counts = encode(rows, "seq2seq", word_tokenizer(), max_length=4, source_prefix="w10 ")
+    assert encoded["input_ids"] == [[10, 3, 4, 1], [10, 5, 6, 1]]
+    assert encoded["labels"] == [[4, 1], [4, 1]]
+    assert counts == {"cut": 1, "blank": 2}
+
+
+def test_a_causal_text_ends_where_it_ended():
+    tokenizer = word_tokenizer()
+    tokenizer._tokenizer.post_processor = None  # most causal tokenizers add no end
+    rows = Dataset.from_dict({"text": ["w3 w4", "w5 w6 w7 w8", "w5 w6 w7"]})
+    encoded, counts = encode(rows, "causal", tokenizer, max_length=3)
+    assert encoded["input_ids"] == encoded["labels"] == [[3, 4, 1], [5, 6, 7], [5, 6, 7]]
+    assert counts["cut"] == 1
+
+
+def test_rows_without_a_label_are_left_out_and_a_split_of_them_is_no_test(models, finetune, tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    rows = {"text": sentences(9), "label": [0, 1, -1] * 3}
+    made = {"train": rows, "validation": rows, "test": rows | {"label": [-1] * 9}}
+    DatasetDict({k: Dataset.from_dict(x, features=features) for k, x in made.items()}).save_to_disk(tmp_path / "glue")
+    verdict = finetune("--model", models / "bert", "--dataset", tmp_path / "glue", "--task", "classification")
+    assert "train split: dropped 3 of 9 rows without a label" in verdict.stdout
+    assert "test split: dropped 9 of 9 rows without a label" in verdict.stdout
+    assert "no test split: nothing was tested" in verdict.stdout
+
+
+def test_a_held_out_part_is_neither_trained_on_nor_moved_by_the_run(models, data, finetune):
+    verdict = finetune("--model", models / "gpt2", "--dataset", data / "alone", "--valid_share", 0.2)
+    assert "4 of the 20 training rows are held out" in verdict.stdout
+    assert "train: 16 samples" in verdict.stdout
+
+
+@pytest.mark.parametrize("task", ["seq2seq", "causal", "classification"])
+def test_with_nothing_named_a_small_model_learns_the_generated_text(task, finetune, tmp_path):
+    verdict = finetune("--task", task, "--ba_m", 2, "--cache_dir", tmp_path / "cache", "--max_length", 12)
+    assert verdict.status == 0, verdict.error
+    assert "training on the built-in generated text" in verdict.stdout
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["task"] == task
+
+
+def test_the_generated_classes_cannot_be_told_by_the_last_character():
+    rows = generate_data("classification")["train"]
+    assert set(rows["label"]) == {0, 1}
+    assert not any(text.endswith((".", "?")) for text in rows["text"])
+
+
+# ---- the run
+
+
+def test_a_resumed_run_is_the_undisturbed_one(models, data, finetune, tmp_path):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts", "--ba_m", 2, "--reproducible_copies", "true"]
+    finetune(*common, out="whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    assert "already holds a run (checkpoint-2)" in finetune(*common, out="parts").error
+    resumed = finetune(*common, "--resume_from_checkpoint", "last", out="parts")
+    assert resumed.status == 0, resumed.error
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    before = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert not all(torch.equal(whole[key], before[key]) for key in whole)
+
+
+def test_the_defaults_of_transformers_stay_for_a_model_that_is_named(tmp_path):
+    _, _, args = parse_finetuning(["--model", "m", "--dataset", "d", "--use_cpu", "true"])
+    assert (args.learning_rate, args.num_train_epochs, args.max_steps) == (5e-5, 3, -1)
+    assert args.output_dir == "runs/finetune-m-d-m1-seed42"
+
+
+# ---- bad input: one line, before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ba_m 0", "ba_m must be a whole number of at least 1, got 0"),
+        ("--ba_m 2 --copies_per_pass 3", "copies_per_pass"),
+        ("--task translation", "--task must be one of seq2seq, causal, classification, got translation"),
+        ("--max_length 1", "--max_length must be at least 2, got 1"),
+        ("--valid_share 1", "--valid_share must be above 0 and below 1, got 1.0"),
+        ("--num_beam 2", "unknown option --num_beam 2"),
+        ("--source_column a --model x --dataset y", "give both, or neither"),
+        ("--dataset {data}/texts", "--dataset needs --model"),
+        ("--model {data}/nowhere --dataset {data}/texts", "there is no such folder"),
+        ("--model {models}/gpt2 --dataset {data}/nowhere", "cannot load .*nowhere"),
+        ("--model {models}/gpt2 --dataset {data}/texts --task seq2seq", "needs an encoder-decoder"),
+        ("--model {models}/bart --dataset {data}/texts --task causal", "is an encoder-decoder"),
+        ("--model {models}/bart --dataset {data}/texts", "has the columns text: name the two sides by --source_column"),
+        ("--model {models}/bart --dataset {data}/wmt", "has the languages en, de; --source_lang is not given"),
+        ("--model {models}/t5 --dataset {data}/wmt --source_lang en --target_lang fr", "--target_lang is 'fr'"),
+        ("--model {models}/gpt2 --dataset {data}/pairs", "name the text by --text_column"),
+        (
+            "--model {models}/gpt2 --dataset {data}/texts --text_column t",
+            "the train split has no column 't'; it has te",
+        ),
+        (
+            "--model {models}/gpt2 --dataset {data}/renamed --text_column id",
+            "the column 'id' of the train split holds no",
+        ),
+        ("--model {models}/bert --dataset {data}/texts --task classification", "has no column 'label'"),
+        (
+            "--model {models}/bert --dataset {data}/named --task classification --text_column a --label_column b",
+            "validation split has the label .* which the train split has not",
+        ),
+        ("--ba_m 2 --resume_from_checkpoint last", "holds no checkpoint; leave the option out"),
+        ("--ba_m 2 --resume_from_checkpoint {data}", "is no checkpoint of a Trainer"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_training(options, message, models, data, finetune, tmp_path):
+    verdict = finetune(*options.format(models=models, data=data).split())
+    assert verdict.status == 1
+    assert verdict.error.startswith("error: ")
+    assert "\n" not in verdict.error
+    assert re.search(message, verdict.error), verdict.error
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_identical_copies_are_refused_with_the_table(models, data, finetune, tmp_path):
+    gpt2(dropout=0.0).save_pretrained(tmp_path / "still")
+    word_tokenizer().save_pretrained(tmp_path / "still")
+    common = ["--model", tmp_path / "still", "--dataset", data / "texts", "--ba_m", 2]
+    verdict = finetune(*common)
+    assert "inactive (p=0)" in verdict.error
+    assert verdict.error.split("\n")[-1].startswith("error: identical copies are refused; give a model whose config")
+    assert finetune(*common, "--allow_identical_copies", "true", out="allowed").status == 0
+
+
+def test_a_head_for_other_classes_is_made_anew_and_said(models, data, finetune, tmp_path):
+    other = bert().config
+    other.num_labels = 5
+    model = AutoModelForSequenceClassification.from_config(other)
+    model.save_pretrained(tmp_path / "five")
+    word_tokenizer().save_pretrained(tmp_path / "five")
+    verdict = finetune("--model", tmp_path / "five", "--dataset", data / "classes")
+    assert "2 weights are new: classifier.bias, classifier.weight" in verdict.stdout
+    assert load_file(tmp_path / "run" / "model.safetensors")["classifier.weight"].shape[0] == 3
+
+
+def test_a_model_without_its_inner_weights_is_refused(models, data, finetune, tmp_path):
+    shutil.copytree(models / "bert", tmp_path / "less")
+    state = load_file(tmp_path / "less" / "model.safetensors")
+    lost = min(key for key in state if "attention" in key)
+    save_file({k: x for k, x in state.items() if k != lost}, tmp_path / "less" / "model.safetensors", {"format": "pt"})
+    verdict = finetune("--model", tmp_path / "less", "--dataset", data / "classes")
+    assert f"lacks 1 of its weights ({lost} ...)" in verdict.error
+
+
+def test_numbers_are_no_classes(models, finetune, tmp_path):
+    rows = Dataset.from_dict({"text": sentences(4), "label": [0.1, 0.2, 0.3, 0.4]})
+    DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "floats")
+    verdict = finetune("--model", models / "bert", "--dataset", tmp_path / "floats")
+    assert "'label' has 4 different values of Value('float64'), which are no classes" in verdict.error
+
+
+def test_a_data_set_without_a_training_split_is_named(models, finetune, tmp_path):
+    DatasetDict({"test": Dataset.from_dict({"text": ["w3"]})}).save_to_disk(tmp_path / "test_only")
+    verdict = finetune("--model", models / "gpt2", "--dataset", tmp_path / "test_only")
+    assert "has the splits test; training needs 'train'" in verdict.error
+
+
+def test_no_cache_stays_off_afterwards():
+    from tasks.data_sets import without_cache_files
+
+    with without_cache_files():
+        assert not datasets.is_caching_enabled()
+    assert datasets.is_caching_enabled()
