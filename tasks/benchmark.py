@@ -5,6 +5,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured figure; `wanted` is what it should be, `detail` how it came about."""
+
+    name: str
+    figure: str
+    wanted: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.figure} (wanted: {self.wanted})\n    {self.detail}"
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -38,11 +53,16 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, pairs: int, war
     >>> compare(lambda: sum(range(9_000)), lambda: sum(range(900)), pairs=5).median > 1
     True
     """
+    return compare_seconds(lambda: _seconds(a), lambda: _seconds(b), pairs=pairs, warm_up=warm_up)
+
+
+def compare_seconds(a: Callable[[], float], b: Callable[[], float], *, pairs: int, warm_up: int = 2) -> Ratio:
+    """`compare` of what A and B themselves say that they took, in seconds."""
     if pairs < 2:
         raise ValueError(f"pairs must be at least 2, got {pairs}")
     times: list[tuple[float, float]] = []
     for number in range(warm_up + pairs):
-        pair = (_seconds(a), _seconds(b))
+        pair = (a(), b())
         if number >= warm_up:
             times.append(pair)
     low, median, high = statistics.quantiles([first / second for first, second in times], n=4)
@@ -60,3 +80,9 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def wait_for_device() -> None:
+    """Return when the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from seqba.step import TrainStep
 from tasks.errors import UserError
+from tasks.finetuning import benchmark as finetuning
 from tasks.translation.benchmark import table
 from tasks.translation.benchmark.config import ROWS, BenchmarkConfig
 from tasks.translation.benchmark.trainer import TrainerUpdates
@@ -83,6 +84,41 @@ def test_every_row_has_a_measurement():
     assert tuple(table.MEASUREMENTS) == ROWS
 
 
+def test_the_trainers_with_and_without_copies_meet_the_same_samples_and_time_the_same_updates(cache, monkeypatch):
+    seen = []
+    step = transformers.Trainer.training_step
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"][:2].tolist())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", spy)
+    updates = finetuning.TrainerUpdates(finetuning.BenchmarkConfig(cache_dir=cache, cpu=True, batch_size=2))
+    assert 0 < updates.seconds(2) < 60
+    plain = seen.copy()
+    seen.clear()
+    updates.seconds(2, finetuning.BatchAugmentationTrainer, ba_m=2, copies_per_pass=1)
+    assert len(plain) == 5  # three are not timed
+    assert seen == [batch for batch in plain for _ in range(2)]
+
+
+@pytest.mark.parametrize("row", finetuning.ROWS)
+def test_a_row_about_the_trainer_says_its_figure(row, cache):
+    config = finetuning.BenchmarkConfig(task="causal", cache_dir=cache, cpu=True, updates=2, pairs=2, batch_size=2)
+    (measured,) = finetuning.MEASUREMENTS[row](config)
+    assert float(measured.figure) > 0
+    assert "2 pairs" in str(measured)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"ba_m": 1}, "--ba-m must be at least 2"), ({"task": "speech"}, "got speech"), ({"rows": ["x"]}, "got x")],
+)
+def test_bad_options_about_the_trainer_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        finetuning.BenchmarkConfig(**change)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -99,4 +135,4 @@ def test_bad_options_are_named(change, message):
 def test_the_script_wants_a_task():
     done = subprocess.run([sys.executable, "scripts/benchmark.py"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: name what to measure first: translation\n"
+    assert done.stderr == "error: name what to measure, one of translation, finetuning; each has a --help of its own\n"

@@ -1,4 +1,4 @@
-"""scripts/finetune.py: a model and a data set of any kind become a scored model folder, or one line that says why not."""
+"""scripts/finetune.py: a model and data of any kind become a scored model folder, or one line that says why not."""
 
 import json
 import re
@@ -21,26 +21,8 @@ from tasks.finetuning.metric import token_nats_per_row
 from tiny_models import bart, gpt2, llama, marian, t5
 from word_tokenizer import sentences, word_tokenizer
 
-TRAINING = [
-    "--max_steps",
-    "3",
-    "--per_device_train_batch_size",
-    "4",
-    "--per_device_eval_batch_size",
-    "5",
-    "--logging_steps",
-    "1",
-    "--use_cpu",
-    "true",
-    "--disable_tqdm",
-    "true",
-    "--learning_rate",
-    "0.01",
-    "--save_steps",
-    "2",
-    "--num_beams",
-    "2",
-]
+_BATCHES = "--max_steps 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 5 --learning_rate 0.01"
+TRAINING = f"{_BATCHES} --logging_steps 1 --save_steps 2 --num_beams 2 --use_cpu true --disable_tqdm true".split()
 MODELS = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama, "bert": bert}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tasks.errors import UserError
@@ -41,6 +41,9 @@ class BenchmarkConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if wrong := [row for row in self.rows if row not in ROWS]:
             raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
+
+    def __str__(self) -> str:
+        return f"options: {asdict(self)}\nupdates of: {asdict(self.training())}"
 
     def training(self, **changes: Any) -> TranslationConfig:
         """The run whose updates are timed: it never validates or saves, and logs as the preset does."""

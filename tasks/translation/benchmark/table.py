@@ -6,10 +6,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.benchmark import Ratio, compare
+from tasks.benchmark import Ratio, Row, compare
 from tasks.machine import start_accelerator
 from tasks.translation.benchmark.config import BenchmarkConfig
 from tasks.translation.benchmark.decoding import decoding_ratio
@@ -19,19 +18,6 @@ from tasks.translation.benchmark.trainer import TrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
 from tasks.translation.data import LineEncoder, encode_pairs
 from tasks.translation.prepare import prepare
-
-
-@dataclass(frozen=True)
-class Row:
-    """A measured figure; `wanted` is what it should be, `detail` how it came about."""
-
-    name: str
-    figure: str
-    wanted: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.figure} (wanted: {self.wanted})\n    {self.detail}"
 
 
 def trainer(config: BenchmarkConfig) -> list[Row]:

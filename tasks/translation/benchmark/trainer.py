@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.loss import count_targets
 from tasks.machine import start_accelerator
-from tasks.translation.benchmark.updates import wait_for_device
+from tasks.step_timer import StepTimer
 from tasks.translation.config import TranslationConfig
 from tasks.translation.data import TokenPairs
 from tasks.translation.prepare import prepare
@@ -54,17 +53,17 @@ class TrainerUpdates:
 
     def advance(self, count: int) -> tuple[int, float]:
         """Do `count` updates; returns their target tokens and seconds, without what `train` does before them."""
-        end = _End()
-        trainer = _Timed(
+        timer = StepTimer(_WARM_UP)
+        trainer = _Counting(
             model=self._model,
             args=self._arguments(_WARM_UP + count),
             train_dataset=self._corpus.train.dataset,
             data_collator=DataCollatorForSeq2Seq(self._corpus.tokenizer, model=self._model),
             processing_class=self._corpus.tokenizer,
-            callbacks=[end],
+            callbacks=[timer],
         )
         trainer.train()
-        return trainer.targets, end.end - trainer.start
+        return trainer.targets, timer.seconds
 
     def close(self) -> None:
         """Remove the folder that the Trainer wanted."""
@@ -97,29 +96,15 @@ class TrainerUpdates:
         )
 
 
-class _Timed(Seq2SeqTrainer):
-    """Counts the target tokens of the updates after the first ones, and their seconds."""
+class _Counting(Seq2SeqTrainer):
+    """Counts the target tokens of the updates that are timed."""
 
-    start, targets = 0.0, 0
+    targets = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self.state.global_step == _WARM_UP and not self.start:
-            wait_for_device()
-            self.start = time.perf_counter()
-        if self.start:
+        if self.state.global_step >= _WARM_UP:
             self.targets += int(count_targets(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-class _End(TrainerCallback):
-    """Notes when the last update has ended."""
-
-    end = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            wait_for_device()
-            self.end = time.perf_counter()
 
 
 def _all(pairs: TokenPairs) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqba.loss import count_targets
+from tasks.benchmark import wait_for_device
 from tasks.machine import start_accelerator
 from tasks.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig
@@ -85,9 +86,3 @@ def waiting_for_data() -> Iterator[list[float]]:
         yield seconds
     finally:
         BatchStream.take = take  # type: ignore[method-assign]
-
-
-def wait_for_device() -> None:
-    """Return when the device has done all it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
