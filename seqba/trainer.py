@@ -8,7 +8,7 @@ of an update is
 whatever the model's loss divides by (`seqba.trainer_loss`). Steps, epochs, schedules, evaluation and prediction do
 not know M.
 
-Where this is not what a plain Trainer of transformers 5.17 to 5.23 does, already with `ba_m=1`:
+Where this is not what a plain Trainer of transformers 5.17 to 5.24 does, already with `ba_m=1`:
 
 - A loss that ignores `num_items_in_batch` (Marian, BART, T5 and most encoder-decoders, BERT's classifiers): the plain
   gradient is the sum of the batches' means, too large by accumulation steps and ranks.

@@ -1,6 +1,7 @@
 """Getting the machine ready: devices, precision, processor cores, seeds."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -54,8 +55,18 @@ def start_accelerator(
         raise _unusable(os.environ[_DEVICE_VARIABLE], error) from error
     _check_device(accelerator, cpu)
     use_all_cores(accelerator)
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and bf16_is_emulated():
+        accelerator.print(
+            f"note: this processor ({torch.backends.cpu.get_cpu_capability()}) has no bf16 arithmetic; mixed precision "
+            "bf16 is emulated on it, and many times slower than no"
+        )
     set_seed(seed, device_specific=True)
     return accelerator
+
+
+def bf16_is_emulated() -> bool:
+    """Whether bf16 matrix products are slow on this processor: x86 without AVX-512."""
+    return platform.machine().lower() in ("x86_64", "amd64") and "512" not in torch.backends.cpu.get_cpu_capability()
 
 
 def _check_tracker(name: str | None) -> None:

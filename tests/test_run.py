@@ -324,6 +324,14 @@ def test_copies_between_which_nothing_is_random_are_refused_before_training_and_
     assert [row["loss"] for row in same] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
 
+def test_a_processor_that_would_emulate_bfloat16_is_said_to(tmp_path, cache, capsys, monkeypatch):
+    for capability, is_said in (("AVX2", True), ("AVX512", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        run(tmp_path / capability, cache, mixed_precision="bf16", max_updates=1)
+        assert ("bf16 is emulated" in capsys.readouterr().out) == is_said
+
+
 def test_the_audit_moves_no_generator(tmp_path, cache):
     audited = run(tmp_path / "audited", cache)
     run(tmp_path / "not", cache, allow_identical_copies=True)

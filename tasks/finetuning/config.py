@@ -20,7 +20,7 @@ LAST = "last"
 
 # What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
 _FROM_NOTHING: dict[str, Any] = {
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "warmup_steps": 50,
     "max_steps": 400,
     "per_device_train_batch_size": 32,
