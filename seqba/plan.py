@@ -60,6 +60,7 @@ class CopyPlan:
         self.is_auto = copies_per_pass == "auto"
         self.copies_per_pass = num_copies if copies_per_pass == "auto" else copies_per_pass
         self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
+        self._beside: list[tuple[int, int]] = []  # and that fitted beside the gradients of earlier batches
 
     @property
     def passes(self) -> list[tuple[int, ...]]:
@@ -73,8 +74,7 @@ class CopyPlan:
 
     def is_larger_than_tried(self, batch: Any) -> bool:
         """Whether no batch at least as large in both its numbers and its longest side has fitted yet."""
-        size = largest_tensor(batch)
-        return not any(size[0] <= numbers and size[1] <= side for numbers, side in self._tried)
+        return _is_larger(batch, self._tried)
 
     def run(
         self,
@@ -103,9 +103,15 @@ class CopyPlan:
                 self._try_on_all_ranks(accelerator, model, attempt)
                 self._tried += [largest_tensor(batch) for batch in batches if self.is_larger_than_tried(batch)]
             return attempt(True)
+        beside = any(parameter.grad is not None for parameter in model.parameters())
+        larger = [batch for batch in batches if _is_larger(batch, self._beside)]
+        if beside and not larger:
+            return attempt(True)  # it fits, and keeping a copy of the gradients would cost as much memory again
         start = PassState.of(model)
         while (fitted := self._attempt(attempt, reduce=True, must_fit=self.copies_per_pass == 1)) is None:
             self._halve(model, start)
+        if beside:
+            self._beside += [largest_tensor(batch) for batch in larger]
         return fitted[0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,6 +157,11 @@ class CopyPlan:
             before,
             self.copies_per_pass,
         )
+
+
+def _is_larger(batch: Any, sizes: Sequence[tuple[int, int]]) -> bool:
+    size = largest_tensor(batch)
+    return not any(size[0] <= numbers and size[1] <= side for numbers, side in sizes)
 
 
 @dataclass(frozen=True)

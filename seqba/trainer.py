@@ -24,6 +24,10 @@ Where this is not what a plain Trainer of transformers 5.17 to 5.24 does, alread
 
 A plain Trainer's other choices hold: with `average_tokens_across_devices=False` every rank divides by its own targets.
 An auxiliary loss beside the token loss (mixtures of experts) is added once for every batch, so it takes fused passes.
+
+The first batch is looked at before it is trained on: `compute_loss` is called on it up to seven times, without
+gradients and in eval mode, to find what it divides by, and with M > 1 two of its copies run through the audit. What a
+`compute_loss` of one's own does beside (prints, logs) happens then too; the trainer's plain attributes are put back.
 """
 
 from collections.abc import Iterator, Mapping
@@ -102,14 +106,15 @@ class BatchAugmentationMixin(_TrainerBase):
         ba_args: BatchAugmentationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {
-            "ba_m": ba_m,
-            "copies_per_pass": copies_per_pass,
-            "reproducible_copies": reproducible_copies,
-            "allow_identical_copies": allow_identical_copies,
-        }
-        arguments = choose_arguments(ba_args, options)
+        arguments = choose_arguments(
+            ba_args,
+            ba_m=ba_m,
+            copies_per_pass=copies_per_pass,
+            reproducible_copies=reproducible_copies,
+            allow_identical_copies=allow_identical_copies,
+        )
         super().__init__(*args, **kwargs)
+        refuse_unsupported(self, arguments.reproducible_copies)
         self._ba_setup(arguments)
 
     @property
@@ -138,9 +143,13 @@ class BatchAugmentationMixin(_TrainerBase):
         self._ba_look_at(model, inputs, num_items_in_batch)
         plan, shard = run.plan, self.accelerator.process_index * len(items.batches) + batch
         before = bookkeeping(self) if plan.may_shrink else {}
+        is_again = False
 
         def attempt(reduce: bool) -> Tensor:
-            restore(self, before)
+            nonlocal is_again
+            if is_again:
+                restore(self, before)
+            is_again = True
             losses = []
             passes = plan.passes
             for copies in passes:
@@ -173,7 +182,6 @@ class BatchAugmentationMixin(_TrainerBase):
     # ---- an update
 
     def _ba_setup(self, arguments: BatchAugmentationArguments) -> None:
-        refuse_unsupported(self, arguments.reproducible_copies)
         self.ba_args = arguments
         self._ba_run = self._ba_new_run()
         self.add_callback(BatchAugmentationCounters())
@@ -320,13 +328,14 @@ def augment(
     """
     if isinstance(trainer, BatchAugmentationMixin):
         raise TypeError(f"{type(trainer).__name__} has Batch Augmentation already, with {trainer.ba_args}")
-    options = {
-        "ba_m": ba_m,
-        "copies_per_pass": copies_per_pass,
-        "reproducible_copies": reproducible_copies,
-        "allow_identical_copies": allow_identical_copies,
-    }
-    arguments = choose_arguments(ba_args, options)
+    arguments = choose_arguments(
+        ba_args,
+        ba_m=ba_m,
+        copies_per_pass=copies_per_pass,
+        reproducible_copies=reproducible_copies,
+        allow_identical_copies=allow_identical_copies,
+    )
+    refuse_unsupported(trainer, arguments.reproducible_copies)
     plain = type(trainer)
     trainer.__class__ = type(f"BatchAugmentation{plain.__name__}", (BatchAugmentationMixin, plain), {})
     trainer._ba_setup(arguments)

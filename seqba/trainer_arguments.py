@@ -1,6 +1,5 @@
 """The options of Batch Augmentation in a Trainer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +47,7 @@ class BatchAugmentationArguments:
         return CopyPlan(self.ba_m, k)
 
 
-def choose_arguments(
-    ba_args: BatchAugmentationArguments | None, options: Mapping[str, Any]
-) -> BatchAugmentationArguments:
+def choose_arguments(ba_args: BatchAugmentationArguments | None, **options: Any) -> BatchAugmentationArguments:
     """`ba_args`, or arguments of the options that are not None.
 
     Raises:

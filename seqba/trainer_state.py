@@ -37,9 +37,19 @@ def bookkeeping(trainer: object) -> dict[str, Any]:
 
 
 def restore(trainer: object, kept: dict[str, Any]) -> None:
-    """Put back what `bookkeeping` kept; the copies stay whole, so that it can be done again."""
+    """Put back what `bookkeeping` kept; the copies stay whole, so that it can be done again.
+
+    Lists and dictionaries are filled anew, not replaced: others may hold them too.
+    """
     for name, value in kept.items():
-        setattr(trainer, name, copy.deepcopy(value))
+        now, before = getattr(trainer, name), copy.deepcopy(value)
+        if isinstance(now, list) and isinstance(before, list):
+            now[:] = before
+        elif isinstance(now, dict) and isinstance(before, dict):
+            now.clear()
+            now.update(before)
+        else:
+            setattr(trainer, name, before)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
         DataError: it cannot be had (no network, no such folder, damaged files), or has no such split.
     """
     called = called or name
+    if Path(name).is_file():
+        raise DataError(f"{called} is a file; give its folder")
     folder = Path(name, config) if config else Path(name)
     try:
         if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):

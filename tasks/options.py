@@ -1,6 +1,8 @@
-"""The command line of a script: options from a dataclass, and complaints in one line."""
+"""The command line of a script: options from dataclasses, and complaints in one line."""
 
-from typing import NoReturn
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -13,3 +15,28 @@ class OptionParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise UserError(f"{message.removeprefix('argument ')}; --help explains all options")
+
+    def parse_known_options(self, argv: Sequence[str] | None) -> Any:
+        """What is on the command line, before dataclasses look at it.
+
+        Raises:
+            UserError: an option is unknown.
+        """
+        named, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+        return named
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+def flag(name: str) -> str:
+    """A field's name as it is written on the command line.
+
+    >>> flag("ba_m")
+    '--ba-m'
+    """
+    return "--" + name.replace("_", "-")

@@ -54,7 +54,8 @@ def load_weights(
         model, report = _load(name, "its weights", loader, _local_folder(name), output_loading_info=True, **more)
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     base = f"{model.base_model_prefix}."
-    lacking = [key for key in missing if key.startswith(base)] if new_head else missing
+    # a pooler belongs to the head: masked language models have none
+    lacking = [key for key in missing if key.startswith(base) and ".pooler." not in key] if new_head else missing
     if lacking:
         raise UserError(f"--model {name} lacks {len(lacking)} of its weights ({lacking[0]} ...): they would be random")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -63,6 +64,45 @@ def load_weights(
             f"--model {name}: its tokenizer has {len(tokenizer)} pieces, the model only {rows}; one is another's"
         )
     return model.eval(), missing
+
+
+def use_languages(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codes: tuple[str | None, str | None], options: str
+) -> None:
+    """Set a multilingual model and its tokenizer (mBART's, M2M100's, NLLB's) to a source and a target language.
+
+    Args:
+        model: whose `generate` begins with the target language then.
+        tokenizer: the model's.
+        codes: the tokenizer's own codes, such as en_XX; None where they are not given.
+        options: how a user gives them, for messages.
+
+    Raises:
+        UserError: codes are missing, unknown, or given for a tokenizer that knows no languages.
+    """
+    multilingual: Any = tokenizer if hasattr(tokenizer, "set_src_lang_special_tokens") else None
+    if multilingual is None:
+        if any(codes):
+            raise UserError(f"{options}: the model's {type(tokenizer).__name__} knows no languages; leave them out")
+        return
+    if not all(codes):
+        raise UserError(f"the model's {type(tokenizer).__name__} is multilingual: name the two languages by {options}")
+    ids = [_language_id(multilingual, code) for code in codes]
+    for code, number in zip(codes, ids, strict=True):
+        if number is None:
+            raise UserError(f"{options}: the model's {type(tokenizer).__name__} knows no language {code!r}")
+    multilingual.tgt_lang = codes[1]
+    multilingual.src_lang = codes[0]
+    assert model.generation_config is not None
+    model.generation_config.forced_bos_token_id = ids[1]
+
+
+def _language_id(tokenizer: Any, code: str | None) -> int | None:
+    table: dict[str | None, int] | None = getattr(tokenizer, "lang_code_to_id", None)
+    if table is not None:
+        return table.get(code)
+    number = tokenizer.convert_tokens_to_ids(code)
+    return None if number == tokenizer.unk_token_id else int(number)
 
 
 def _local_folder(name: str) -> Path | None:

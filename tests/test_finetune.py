@@ -8,16 +8,27 @@ import datasets
 import pytest
 import sacrebleu
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation, Value
 from safetensors.torch import load_file, save_file
-from test_audit_models import bert
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from test_audit_models import TINY, bert
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from bad_input import call, contents
 from tasks.finetuning.config import parse_finetuning
 from tasks.finetuning.data import encode
 from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
+from tasks.translation.corpus import generate_corpus
+from tasks.translation.tokenizer import train_tokenizer
 from tiny_models import bart, gpt2, llama, marian, t5
 from word_tokenizer import sentences, word_tokenizer
 
@@ -66,6 +77,7 @@ def data(tmp_path_factory):
     save(
         "wmt",
         lambda x: {"translation": [dict(zip(("en", "de"), p, strict=True)) for p in zip(*x.values(), strict=True)]},
+        features=Features({"translation": Translation(languages=["en", "de"])}),
     )
     save("texts", lambda x: {"text": x["source"]})
     labels = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
@@ -242,6 +254,190 @@ def test_the_defaults_of_transformers_stay_for_a_model_that_is_named(tmp_path):
     assert args.output_dir == "runs/finetune-m-d-m1-seed42"
 
 
+def test_the_newest_checkpoint_that_is_whole_is_gone_on_from(models, data, finetune, tmp_path):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
+    finetune(*common)
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it was saved
+    verdict = finetune(*common, "--resume_from_checkpoint", "last")
+    assert "3 is no whole checkpoint of a Trainer (it has no trainer_state.json): passed over" in verdict.stdout
+    assert verdict.status == 0, verdict.error
+    weights = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    verdict = finetune(*common, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-3")
+    assert "checkpoint-3 is damaged (model.safetensors:" in verdict.error
+
+
+def test_a_run_is_not_gone_on_with_by_other_options(models, data, finetune):
+    common = ["--dataset", data / "texts", "--resume_from_checkpoint", "last"]
+    finetune("--model", models / "gpt2", *common[:2], "--ba_m", 2)
+    verdict = finetune("--model", models / "gpt2", *common, "--ba_m", 3)
+    assert "holds a run with other options (--ba_m 2 there and 3 here)" in verdict.error
+    assert "gpt2 there and" in finetune("--model", models / "llama", *common, "--ba_m", 2).error
+    assert finetune("--model", models / "gpt2", *common, "--ba_m", 2, "--copies_per_pass", 1).status == 0
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_its_result(clip, models, data, finetune, tmp_path):
+    options = ["--learning_rate", "1e38", "--max_grad_norm", clip, "--warmup_steps", 0]
+    folder = tmp_path / "wild"
+    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
+    verdict = call_with(finetune, [*common], options, folder)
+    assert re.search("(loss of the last 1 updates is (nan|inf)|weights are not finite)", verdict.error)
+    assert not (folder / "model.safetensors").exists()
+
+
+def call_with(finetune, argv, options, folder):
+    """The script with options that come after those of all tests."""
+    before = TRAINING.copy()
+    TRAINING.extend(map(str, options))
+    try:
+        return finetune(*argv, out=folder)
+    finally:
+        TRAINING[:] = before
+
+
+def test_epochs_that_are_asked_for_are_not_overruled(tmp_path):
+    _, _, args = parse_finetuning(["--num_train_epochs", "7", "--use_cpu", "true"])
+    assert (args.num_train_epochs, args.max_steps) == (7, -1)
+    assert parse_finetuning(["--use_cpu", "true"])[2].max_steps == 400
+
+
+# ---- what a model folder holds
+
+
+def test_half_precision_weights_are_trained_in_float32(models, data, finetune, tmp_path):
+    gpt2().half().save_pretrained(tmp_path / "half")
+    word_tokenizer().save_pretrained(tmp_path / "half")
+    finetune("--model", tmp_path / "half", "--dataset", data / "texts")
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    assert {x.dtype for x in state.values()} == {torch.float32}
+
+
+def saved_classifier(folder, names, **more):
+    config = bert().config
+    config.num_labels, config.id2label = len(names), dict(enumerate(names))
+    for name, value in more.items():
+        setattr(config, name, value)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_trained_heads_classes_keep_their_numbers(data, finetune, tmp_path):
+    model = saved_classifier(tmp_path / "zk", ["z", "k"], problem_type="multi_label_classification")
+    options = ["--text_column", "a", "--label_column", "kind", "--learning_rate", 0]
+    verdict = call_with(finetune, ["--model", tmp_path / "zk", "--dataset", data / "named"], options, "run")
+    assert verdict.status == 0, verdict.error
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    rows, right = split(7, 2)["source"], 0
+    with torch.no_grad():
+        for n, text in enumerate(rows):  # sorted, k would be class 0
+            right += int(model.eval()(**word_tokenizer()(text, return_tensors="pt")).logits.argmax()) == 1 - n % 2
+    assert results["test_accuracy"] == pytest.approx(right / 7)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config.id2label == {0: "z", 1: "k"}
+
+
+def test_a_head_that_is_kept_under_other_names_is_said(data, finetune, tmp_path):
+    saved_classifier(tmp_path / "other", ["p", "q"])
+    options = ["--text_column", "a", "--label_column", "kind"]
+    verdict = finetune("--model", tmp_path / "other", "--dataset", data / "named", *options)
+    assert "the trained head's classes p, q are k, z from here on" in verdict.stdout
+
+
+def test_a_masked_language_model_becomes_a_classifier(data, finetune, tmp_path):
+    BertForMaskedLM(bert().config).save_pretrained(tmp_path / "mlm")
+    word_tokenizer().save_pretrained(tmp_path / "mlm")
+    verdict = finetune("--model", tmp_path / "mlm", "--dataset", data / "classes", "--task", "classification")
+    assert verdict.status == 0, verdict.error
+    assert "bert.pooler.dense.weight" in verdict.stdout
+
+
+def test_texts_are_cut_to_the_positions_that_a_model_of_robertas_kind_can_use(finetune, tmp_path):
+    config = RobertaConfig(**TINY, vocab_size=61, max_position_embeddings=12, pad_token_id=0, num_labels=2)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    word_tokenizer().save_pretrained(tmp_path / "roberta")
+    rows = Dataset.from_dict({"text": [" ".join(f"w{n}" for n in range(3, 33))] * 4, "label": [0, 1, 0, 1]})
+    DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "long")
+    verdict = finetune("--model", tmp_path / "roberta", "--dataset", tmp_path / "long")
+    assert verdict.status == 0, verdict.error
+    assert "cut 4 to 11 tokens" in verdict.stdout
+
+
+def test_a_text_of_one_token_has_no_target_and_is_counted():
+    tokenizer = word_tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    tokenizer.eos_token = None
+    rows = Dataset.from_dict({"text": ["w3", "w3 w4"]})
+    encoded, counts = encode(rows, "causal", tokenizer, max_length=3)
+    assert encoded["input_ids"] == [[3, 4]]
+    assert counts["short"] == 1
+
+
+def test_a_test_split_whose_numbered_labels_are_secret_is_no_test(models, finetune, tmp_path):
+    rows = {"text": sentences(6), "label": [0, 1] * 3}
+    made = {"train": rows, "validation": rows, "test": rows | {"label": [-1] * 6}}
+    DatasetDict({k: Dataset.from_dict(x) for k, x in made.items()}).save_to_disk(tmp_path / "secret")
+    verdict = finetune("--model", models / "bert", "--dataset", tmp_path / "secret")
+    assert verdict.status == 0, verdict.error
+    assert "test split: dropped 6 of 6 rows without a label" in verdict.stdout
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory):
+    """An M2M100 with its own kind of tokenizer: languages are tokens."""
+    root = tmp_path_factory.mktemp("m2m")
+    folder = train_tokenizer(generate_corpus(train=300, valid=1, test=1)["train"], 400, root)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [piece for piece in vocab if piece not in special]
+    (root / "vocab.json").write_text(json.dumps({piece: n for n, piece in enumerate([*special, *pieces])}))
+    tokenizer = M2M100Tokenizer(str(root / "vocab.json"), str(folder / "source.spm"))
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+    torch.manual_seed(0)
+    size = 1 + max(tokenizer.lang_code_to_id.values())
+    M2M100ForConditionalGeneration(M2M100Config(vocab_size=size, **small)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root / "model"
+
+
+def test_a_multilingual_model_is_told_its_languages(multilingual, finetune, tmp_path):
+    text = generate_corpus(train=8, valid=4, test=3)
+    splits = {name: Dataset.from_dict({"source": x.source, "target": x.target}) for name, x in text.items()}
+    DatasetDict(splits).save_to_disk(tmp_path / "text")
+    common = ["--model", multilingual, "--dataset", tmp_path / "text"]
+    assert "is multilingual: name the two languages by --source_code and --target_code" in finetune(*common).error
+    unknown = finetune(*common, "--source_code", "en", "--target_code", "xx")
+    assert "knows no language 'xx'" in unknown.error
+    verdict = finetune(*common, "--source_code", "en", "--target_code", "de", out="de")
+    assert verdict.status == 0, verdict.error
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "de")
+    settings = json.loads((tmp_path / "de" / "generation_config.json").read_text())
+    assert settings["forced_bos_token_id"] == tokenizer.get_lang_id("de") != tokenizer.get_lang_id("en")
+
+
+def test_a_translation_begins_with_the_language_that_was_asked_for(multilingual, monkeypatch, capsys, tmp_path):
+    for name in ("en", "de"):
+        (tmp_path / f"test.{name}").write_text("Maria must work.\n")
+    common = ["--model", multilingual, "--test-prefix", tmp_path / "test", "--num-beams", 1, "--cpu"]
+    verdict = call("eval_bleu.py", common, monkeypatch, capsys)
+    assert "is multilingual" in verdict.error
+    begun = []
+    generate = M2M100ForConditionalGeneration.generate
+
+    def spy(self, *args, **kwargs):
+        output = generate(self, *args, **kwargs)
+        begun.append((kwargs["input_ids"][0, 0].item(), output[0, 1].item()))
+        return output
+
+    monkeypatch.setattr(M2M100ForConditionalGeneration, "generate", spy)
+    verdict = call("eval_bleu.py", [*common, "--source-code", "en", "--target-code", "de"], monkeypatch, capsys)
+    assert verdict.status == 0, verdict.error
+    tokenizer = AutoTokenizer.from_pretrained(multilingual)
+    assert begun == [(tokenizer.get_lang_id("en"), tokenizer.get_lang_id("de"))]
+
+
 # ---- bad input: one line, before anything is trained
 
 
@@ -277,8 +473,19 @@ def test_the_defaults_of_transformers_stay_for_a_model_that_is_named(tmp_path):
             "--model {models}/bert --dataset {data}/named --task classification --text_column a --label_column b",
             "validation split has the label .* which the train split has not",
         ),
-        ("--ba_m 2 --resume_from_checkpoint last", "holds no checkpoint; leave the option out"),
-        ("--ba_m 2 --resume_from_checkpoint {data}", "is no checkpoint of a Trainer"),
+        ("--ba_m 2 --resume_from_checkpoint last", "holds no whole checkpoint; leave the option out"),
+        ("--ba_m 2 --resume_from_checkpoint {data}", "is no whole checkpoint of a Trainer"),
+        (
+            "--model {models}/bert --dataset {data}/texts --task causal",
+            "is an encoder .bert., which would see the",
+        ),
+        ("--model {models}/bart --dataset {data}/renamed --source_column id --target_column id", "are both id"),
+        ("--model {models}/bart --dataset {data}/pairs --source_code en_XX", "knows no languages; leave them out"),
+        ("--fp16 true", "--fp16 needs an accelerator, and this run is on cpu"),
+        ("--do_eval true", "always trains and then evaluates"),
+        ("--report_to wandb", "(?i)wandb"),
+        ("--reproducible_copies true --torch_compile true", "a compiled model draws inside its kernels"),
+        ("--model {models}/gpt2 --dataset {data}/files/test-00000-of-00001.parquet", "is a file; give its folder"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_before_training(options, message, models, data, finetune, tmp_path):

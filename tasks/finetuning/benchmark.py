@@ -14,7 +14,8 @@ from tasks.benchmark import Row, compare_seconds
 from tasks.errors import UserError
 from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.finetuning.data import encode, load_splits
-from tasks.finetuning.model import collator_for, load_model
+from tasks.finetuning.generated import generate_model
+from tasks.finetuning.model import collator_for
 from tasks.step_timer import StepTimer
 
 ROWS = ("plain", "fused")
@@ -55,7 +56,7 @@ class TrainerUpdates:
         self._config = config
         settings = FinetuningConfig(cache_dir=config.cache_dir)
         rows = load_splits(settings, config.task, 0, lambda text: None).train
-        self._model, self._tokenizer = load_model(settings, config.task, (), 0, lambda text: None)
+        self._model, self._tokenizer = generate_model(config.task, config.cache_dir, 0)
         self._data, _ = encode(rows, config.task, self._tokenizer, settings.max_length)
 
     def seconds(self, count: int, trainer_class: type[Trainer] = Trainer, **options: Any) -> float:

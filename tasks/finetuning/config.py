@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from seqba.trainer_arguments import BatchAugmentationArguments
 from tasks.errors import UserError
-from tasks.options import OptionParser
+from tasks.options import OptionParser, option
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
 TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
-LAST = "last"
 
 # What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
 _FROM_NOTHING: dict[str, Any] = {
@@ -32,39 +30,39 @@ _FROM_NOTHING: dict[str, Any] = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class FinetuningConfig:
     """What is trained, and on what."""
 
-    model: str | None = _option(
-        None, "model folder of transformers or hub id, with its tokenizer; by default a small new one"
+    model: str | None = option(
+        None,
+        "model folder of transformers or hub id, with its tokenizer; its weights are trained in float32 "
+        "(autocast by --bf16 true); by default a small new one",
     )
-    task: str | None = _option(
+    task: str | None = option(
         None, f"{', '.join(TASKS)}; by default what the model's head is for, {SEQ2SEQ} for a new model"
     )
-    dataset: str | None = _option(
+    dataset: str | None = option(
         None, "data set: a folder of save_to_disk or of data files, or a hub id; by default a generated one"
     )
-    dataset_config: str | None = _option(None, "configuration of the data set, such as de-en of wmt/wmt16")
-    source_column: str | None = _option(None, f"column of the sources of {SEQ2SEQ}")
-    target_column: str | None = _option(None, f"column of the targets of {SEQ2SEQ}")
-    source_lang: str | None = _option(None, "language of the sources, of a column `translation` of dictionaries")
-    target_lang: str | None = _option(None, "language of the targets, of a column `translation` of dictionaries")
-    source_prefix: str = _option("", 'text put before every source, such as T5\'s "translate English to German: "')
-    text_column: str | None = _option(None, f"column of the texts of {CAUSAL} and {CLASSIFICATION}")
-    text_pair_column: str | None = _option(None, f"column of a second text beside it, of {CLASSIFICATION}")
-    label_column: str = _option("label", f"column of the classes of {CLASSIFICATION}")
-    max_length: int = _option(512, "tokens of a text, or of a side; longer ones are cut, and counted")
-    valid_share: float = _option(
-        0.05, "share of the training split that is held out where there is no validation split"
+    dataset_config: str | None = option(None, "configuration of the data set, such as de-en of wmt/wmt16")
+    source_column: str | None = option(None, f"column of the sources of {SEQ2SEQ}")
+    target_column: str | None = option(None, f"column of the targets of {SEQ2SEQ}")
+    source_lang: str | None = option(None, "language of the sources, of a column `translation` of dictionaries")
+    target_lang: str | None = option(None, "language of the targets, of a column `translation` of dictionaries")
+    source_code: str | None = option(
+        None, "the tokenizer's code of the source language, of multilingual models such as mBART (en_XX)"
     )
-    num_beams: int = _option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}")
-    length_penalty: float = _option(0.6, "finished beams are ranked by log-probability / length^this")
-    cache_dir: str = _option("runs/cache", "folder for the vocabulary of a new model")
+    target_code: str | None = option(None, "the tokenizer's code of the target language (de_DE)")
+    source_prefix: str = option("", 'text put before every source, such as T5\'s "translate English to German: "')
+    text_column: str | None = option(None, f"column of the texts of {CAUSAL} and {CLASSIFICATION}")
+    text_pair_column: str | None = option(None, f"column of a second text beside it, of {CLASSIFICATION}")
+    label_column: str = option("label", f"column of the classes of {CLASSIFICATION}")
+    max_length: int = option(512, "tokens of a text, or of a side; longer ones are cut, and counted")
+    valid_share: float = option(0.05, "share of the training split that is held out where there is no validation split")
+    num_beams: int = option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}")
+    length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
+    cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
 
     def __post_init__(self) -> None:
         if self.task not in (None, *TASKS):
@@ -79,6 +77,8 @@ class FinetuningConfig:
             raise UserError("--dataset needs --model: a model that is made here knows the generated text alone")
         if (self.source_column is None) != (self.target_column is None):
             raise UserError("--source_column and --target_column name the two sides: give both, or neither")
+        if self.source_column is not None and self.source_column == self.target_column:
+            raise UserError(f"--source_column and --target_column are both {self.source_column}")
 
 
 def parse_finetuning(
@@ -94,20 +94,29 @@ def parse_finetuning(
         allow_abbrev=False,
         description="Train a transformers model on a data set, with Batch Augmentation.",
     )
-    parser.set_defaults(output_dir=None, report_to="none", dataloader_pin_memory=torch.cuda.is_available())
-    named, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+    parser.set_defaults(
+        output_dir=None,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,
+    )
+    named = parser.parse_known_options(argv)
     parser.set_defaults(output_dir=default_folder(named.model, named.dataset, named.task, named.ba_m, named.seed))
     if named.model is None:
-        parser.set_defaults(**_FROM_NOTHING)
+        defaults = dict(_FROM_NOTHING)
+        if named.num_train_epochs != parser.get_default("num_train_epochs"):
+            del defaults["max_steps"]
+        parser.set_defaults(**defaults)
+    if named.do_predict or (named.do_eval and not named.do_train):
+        raise UserError("this script always trains and then evaluates; leave --do_train, --do_eval, --do_predict out")
     try:
         config, ba_args, args = parser.parse_args_into_dataclasses(argv)
     except UserError:
         raise
     except (ValueError, RuntimeError, ImportError) as error:  # of BatchAugmentationArguments and TrainingArguments
         raise UserError(str(error)) from error
-    args.resume_from_checkpoint = _checkpoint(args)
+    if args.fp16 and args.device.type == "cpu":  # accelerate would quietly train in fp32
+        raise UserError("--fp16 needs an accelerator, and this run is on cpu; take --bf16 or neither")
     return config, ba_args, args
 
 
@@ -119,19 +128,6 @@ def default_folder(model: str | None, dataset: str | None, task: str | None, num
     """
     what = [name.rstrip("/").rsplit("/", 1)[-1] for name in (model, dataset) if name] or ["generated", task or SEQ2SEQ]
     return f"runs/finetune-{'-'.join(what)}-m{num_copies}-seed{seed}"
-
-
-def _checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: a folder, or the newest of the run folder."""
-    if args.resume_from_checkpoint not in (LAST, "true", "True"):
-        return args.resume_from_checkpoint
-    try:
-        last: str | None = get_last_checkpoint(args.output_dir)
-    except FileNotFoundError:
-        last = None
-    if last is None:
-        raise UserError(f"--resume_from_checkpoint {LAST}: {args.output_dir} holds no checkpoint; leave the option out")
-    return last
 
 
 def as_json(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments) -> dict[str, Any]:

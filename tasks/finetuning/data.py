@@ -38,8 +38,17 @@ class Splits:
     classes: tuple[str, ...] = ()
 
 
-def load_splits(config: FinetuningConfig, task: str, seed: int, say: Callable[[str], None]) -> Splits:
+def load_splits(
+    config: FinetuningConfig, task: str, seed: int, say: Callable[[str], None], *, known_classes: Sequence[str] = ()
+) -> Splits:
     """Read the data set, choose its columns and splits, and say what was chosen.
+
+    Args:
+        config: names the data set and its columns.
+        task: of the model.
+        seed: of a held-out part.
+        say: prints.
+        known_classes: the model's classes by number: where the data set has the same ones, they keep their numbers.
 
     Raises:
         DataError: it cannot be loaded, lacks a split, a column or a language, or a column cannot be used.
@@ -59,6 +68,7 @@ def load_splits(config: FinetuningConfig, task: str, seed: int, say: Callable[[s
         classes: tuple[str, ...] = ()
         if task == CLASSIFICATION:
             splits, classes = _with_labels(splits, columns["label"], say)
+            splits, classes = _numbered_as(known_classes, splits, classes)
         for split, rows in splits.items():
             if not len(rows):
                 raise DataError(f"the {split} split of {config.dataset} is empty")
@@ -82,7 +92,8 @@ def encode(
         source_prefix: put before every source.
 
     Returns:
-        The encoded rows, and how many were `cut`, or dropped as `blank` (nothing but space on a side).
+        The encoded rows, and how many were `cut`, or dropped as `blank` (nothing but space on a side) or as `short`
+        (a causal text of one token).
     """
     counts: Counter[str] = Counter()
     text_columns = [name for name in rows.column_names if name != "label"]
@@ -116,6 +127,8 @@ def encode(
         counts["cut"] += sum(was_cut)
         if task == CAUSAL:
             ids = [_ended(row, tokenizer.eos_token_id, max_length) for row in texts["input_ids"]]
+            ids = [row for row in ids if len(row) > 1]  # nothing would follow a single token
+            counts["short"] += len(keep) - len(ids)
             return {"input_ids": ids, "labels": [list(row) for row in ids]}
         return {**texts, "labels": kept["label"]}
 
@@ -134,7 +147,7 @@ def _columns(config: FinetuningConfig, task: str, rows: Dataset) -> dict[str, st
     """Our name of every column -> the data set's own, `translation.LANG` for a language."""
     if task == SEQ2SEQ:
         return _sides(config, rows)
-    strings = [name for name, feature in rows.features.items() if _is_string(feature)]
+    strings = [name for name, feature in rows.features.items() if _is_string(feature) and name != config.label_column]
     columns = {"text": config.text_column or _only(strings, rows, "--text_column")}
     if task == CLASSIFICATION:
         if config.text_pair_column is not None:
@@ -153,7 +166,8 @@ def _sides(config: FinetuningConfig, rows: Dataset) -> dict[str, str]:
             f"the data set has the columns {', '.join(rows.column_names)}: name the two sides by --source_column and "
             "--target_column"
         )
-    languages = list(rows.features[_TRANSLATION])
+    feature = rows.features[_TRANSLATION]
+    languages = list(getattr(feature, "languages", None) or feature)
     chosen = {"source": config.source_lang, "target": config.target_lang}
     for side, language in chosen.items():
         if language not in languages:
@@ -200,7 +214,7 @@ def _with_labels(
     if TEST in splits and not len(splits[TEST]):
         del splits[TEST]
     feature = splits[TRAIN].features["label"]
-    if isinstance(feature, ClassLabel):
+    if isinstance(feature, ClassLabel) and len(feature.names) > 1:
         return splits, tuple(feature.names)
     values = sorted(set(splits[TRAIN]["label"]))
     if any(isinstance(value, float) for value in values) or not 1 < len(values) <= _MAX_CLASSES:
@@ -212,15 +226,30 @@ def _with_labels(
     for split, rows in splits.items():
         if strange := set(rows["label"]) - set(values):
             raise DataError(f"the {split} split has the label {min(strange)!r}, which the train split has not")
+    return _renumbered(splits, numbers), tuple(map(str, values))
+
+
+def _numbered_as(
+    known: Sequence[str], splits: dict[str, Dataset], classes: tuple[str, ...]
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """The same classes under the numbers that a trained head has for them; its names, where the data has numbers."""
+    if classes == tuple(map(str, range(len(known)))):
+        return splits, tuple(known)
+    if sorted(known) != sorted(classes) or tuple(known) == classes:
+        return splits, classes
+    return _renumbered(splits, {n: known.index(name) for n, name in enumerate(classes)}), tuple(known)
+
+
+def _renumbered(splits: dict[str, Dataset], numbers: dict[Any, int]) -> dict[str, Dataset]:
     return {
         split: rows.map(lambda row: {"label": numbers[row["label"]]}, features=_integers(rows))
         for split, rows in splits.items()
-    }, tuple(map(str, values))
+    }
 
 
 def _labelled(split: str, rows: Dataset, say: Callable[[str], None]) -> Dataset:
     """Rows with a label: test splits whose answers are secret have -1, or nothing."""
-    secret = {None, -1} if isinstance(rows.features["label"], ClassLabel) else {None}
+    secret = {None, -1} if isinstance(rows.features["label"], ClassLabel) or split == TEST else {None}
     kept = rows.filter(lambda label: label not in secret, input_columns="label")
     if len(kept) < len(rows):
         say(f"{split} split: dropped {len(rows) - len(kept):,} of {len(rows):,} rows without a label")

@@ -1,4 +1,7 @@
-"""What evaluation says beside the Trainer's loss, which is a mean of the batches' means: sums over all targets."""
+"""What evaluation says beside the Trainer's `eval_loss`: sums over all targets, divided once.
+
+That loss is, by model and number of ranks, a mean of the batches' means, or of another count of targets.
+"""
 
 from __future__ import annotations
 

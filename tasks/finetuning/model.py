@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -18,8 +21,7 @@ from transformers import (
 
 from tasks.errors import UserError
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, TASKS, FinetuningConfig
-from tasks.finetuning.generated import generate_model
-from tasks.pretrained import load_config_and_tokenizer, load_weights
+from tasks.pretrained import load_weights, use_languages
 
 _LOADERS: dict[str, Any] = {
     SEQ2SEQ: AutoModelForSeq2SeqLM,
@@ -34,58 +36,100 @@ def task_of(config: FinetuningConfig, model_config: PreTrainedConfig | None) -> 
     Raises:
         UserError: neither says, or the model cannot do it.
     """
-    if config.task is not None:
-        if model_config is not None and config.task != CLASSIFICATION:
-            _check_kind(config, model_config.is_encoder_decoder)
-        return config.task
     if model_config is None:
-        return SEQ2SEQ
-    heads = model_config.architectures or [""]
-    if heads[0].endswith("ForSequenceClassification"):
+        return config.task or SEQ2SEQ
+    if config.task is not None:
+        _check_kind(config, model_config)
+        return config.task
+    head = (model_config.architectures or [""])[0]
+    if _classifies(model_config):
         return CLASSIFICATION
     if model_config.is_encoder_decoder:
         return SEQ2SEQ
-    if heads[0].endswith(("ForCausalLM", "LMHeadModel")):
+    if head.endswith(("ForCausalLM", "LMHeadModel")) and not _is_encoder(model_config):
         return CAUSAL
     raise UserError(
-        f"--model {config.model} is a {heads[0] or model_config.model_type}, which says no task: give --task, one of "
+        f"--model {config.model} is a {head or model_config.model_type}, which says no task: give --task, one of "
         f"{', '.join(TASKS)}"
     )
 
 
-def _check_kind(config: FinetuningConfig, is_encoder_decoder: bool) -> None:
-    if config.task == SEQ2SEQ and not is_encoder_decoder:
-        raise UserError(f"--task {SEQ2SEQ} needs an encoder-decoder, and --model {config.model} is none")
-    if config.task == CAUSAL and is_encoder_decoder:
-        raise UserError(f"--task {CAUSAL} needs a decoder alone, and --model {config.model} is an encoder-decoder")
+def classes_of(model_config: PreTrainedConfig | None) -> tuple[str, ...]:
+    """The classes of a classifier by number; none where the model is no classifier."""
+    if model_config is None or not _classifies(model_config):
+        return ()
+    names: dict[int, str] = model_config.id2label or {}
+    return tuple(names[n] for n in sorted(names))
 
 
 def load_model(
-    config: FinetuningConfig, task: str, classes: Sequence[str], seed: int, say: Callable[[str], None]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, with a padding token; a classifier gets `classes`.
+    config: FinetuningConfig,
+    task: str,
+    classes: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    """The model in float32, with its tokenizer set to its languages and given a padding token.
+
+    Args:
+        config: names the model.
+        task: which head it gets.
+        classes: of a classifier; a head for as many is kept, one for another number is made anew.
+        tokenizer: the model's.
+        say: prints.
 
     Raises:
-        UserError: the folder lacks a part, or its model is not for the task.
+        UserError: the folder lacks a part, or a language is missing or unknown.
     """
-    if config.model is None:
-        return generate_model(task, config.cache_dir, seed)
-    _, tokenizer = load_config_and_tokenizer(config.model)
+    assert config.model is not None
     more: dict[str, Any] = {}
     if task == CLASSIFICATION:
         names = dict(enumerate(classes))
-        more = {"num_labels": len(classes), "id2label": names, "label2id": {name: n for n, name in names.items()}}
-        more["ignore_mismatched_sizes"] = True  # a head for other classes is made anew
-    model, new = load_weights(config.model, _LOADERS[task], tokenizer, new_head=task == CLASSIFICATION, **more)
+        more = {
+            "num_labels": len(classes),
+            "id2label": names,
+            "label2id": {name: n for n, name in names.items()},
+            "problem_type": "single_label_classification",
+            "ignore_mismatched_sizes": True,
+        }
+    is_classifier = task == CLASSIFICATION
+    model, new = load_weights(
+        config.model, _LOADERS[task], tokenizer, new_head=is_classifier, dtype=torch.float32, **more
+    )
     if new:
         say(f"{len(new)} weights are new: {', '.join(new)}")
+    elif is_classifier and (was := classes_of(AutoConfig.from_pretrained(config.model))) != tuple(classes):
+        say(f"the trained head's classes {', '.join(was)} are {', '.join(classes)} from here on")
+    if task == SEQ2SEQ:
+        use_languages(model, tokenizer, (config.source_code, config.target_code), "--source_code and --target_code")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"--model {config.model}: its tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # classifiers look for a row's last token by it
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model
+
+
+def _check_kind(config: FinetuningConfig, model_config: PreTrainedConfig) -> None:
+    if config.task == SEQ2SEQ and not model_config.is_encoder_decoder:
+        raise UserError(f"--task {SEQ2SEQ} needs an encoder-decoder, and --model {config.model} is none")
+    if config.task == CAUSAL and model_config.is_encoder_decoder:
+        raise UserError(f"--task {CAUSAL} needs a decoder alone, and --model {config.model} is an encoder-decoder")
+    if config.task == CAUSAL and _is_encoder(model_config):
+        raise UserError(
+            f"--task {CAUSAL} needs a model that sees the past alone, and --model {config.model} is an encoder "
+            f"({model_config.model_type}), which would see the token it predicts"
+        )
+
+
+def _classifies(model_config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in model_config.architectures or ())
+
+
+def _is_encoder(model_config: PreTrainedConfig) -> bool:
+    """Encoders have a causal head in transformers too, for those that are made decoders of."""
+    return type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", False)
 
 
 def collator_for(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:

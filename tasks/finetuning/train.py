@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from seqba.audit import IdenticalCopiesError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
-from tasks.errors import UserError, identical_copies, make_folder
+from tasks.errors import UserError, identical_copies
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
 from tasks.finetuning.data import Splits, encode, load_splits
+from tasks.finetuning.finite import StopAtNonFinite, check_weights
+from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
-from tasks.finetuning.model import collator_for, load_model, task_of
+from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
+from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, prepare_folder
 from tasks.machine import use_all_cores
 from tasks.metrics import write_json, write_text
 from tasks.pretrained import load_config_and_tokenizer
 from tasks.translation.decode import Decoding, max_source_length, translate
 from tasks.translation.metric import one_line_each, score_bleu
 
-RESULTS = "results.json"
+_DROPPED = {"blank": "blank ones", "short": "of one token"}
 
 
 def finetune(
@@ -34,54 +38,62 @@ def finetune(
         UserError: options, model, data or the run folder cannot be used; nothing has been trained then.
     """
     folder = Path(args.output_dir)
-    _check_folder(folder, args)
-    set_seed(args.seed)
 
     def say(text: str) -> None:
         if args.process_index == 0:
             print(text, flush=True)
 
+    checkpoint = prepare_folder(args, say)
+    if checkpoint is not None:
+        check_same_options(folder, config, ba_args)
+    set_seed(args.seed)
+
     # ---- data and model
-    task = task_of(config, load_config_and_tokenizer(config.model)[0] if config.model else None)
-    splits = load_splits(config, task, args.seed, say)
-    model, tokenizer = load_model(config, task, splits.classes, args.seed, say)
+    task, model, tokenizer, splits = _load(config, args.seed, say)
     max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
     encoded: dict[str, Dataset] = {}
     for name, rows in _named(splits).items():
         encoded[name], counts = encode(rows, task, tokenizer, max_length, config.source_prefix)
         say(f"{name}: {len(encoded[name]):,} samples; {_describe(counts, max_length)}")
         if not len(encoded[name]):
-            raise UserError(f"the {name} split has no sample that is not blank")
+            raise UserError(f"the {name} split has no sample with a target: all are blank or too short")
 
     # ---- training
     preprocess_logits, compute_metrics = metrics_for(task)
-    trainer = BatchAugmentationTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        data_collator=collator_for(task, model, tokenizer),
-        processing_class=tokenizer,
-        preprocess_logits_for_metrics=preprocess_logits,
-        compute_metrics=compute_metrics,
-        ba_args=ba_args,
-    )
+    try:
+        trainer = BatchAugmentationTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded["train"],
+            eval_dataset=encoded["validation"],
+            data_collator=collator_for(task, model, tokenizer),
+            processing_class=tokenizer,
+            preprocess_logits_for_metrics=preprocess_logits,
+            compute_metrics=compute_metrics,
+            callbacks=[StopAtNonFinite()],
+            ba_args=ba_args,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # options that do not go together, a missing tracker
+        raise UserError(str(error)) from error
     threads = use_all_cores(trainer.accelerator)
     say(
         f"{model.num_parameters():,} parameters, M = {ba_args.ba_m}, {args.world_size} process(es), {threads} threads "
         f"on {args.device}"
     )
+    if checkpoint is None and trainer.is_world_process_zero():
+        keep_options(folder, config, ba_args)
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except IdenticalCopiesError as error:
         raise identical_copies(error, "a model whose config.json has a dropout above 0") from error
 
     # ---- results
+    check_weights(trainer)
     trainer.save_model()
     results: dict[str, Any] = {"task": task, "options": as_json(config, ba_args, args)}
-    results["validation"] = trainer.evaluate()
+    results["validation"] = _scores(trainer.evaluate())
     if splits.test is not None:
-        results["test"] = trainer.evaluate(encoded["test"], metric_key_prefix="test")
+        results["test"] = _scores(trainer.evaluate(encoded["test"], metric_key_prefix="test"))
         if task == SEQ2SEQ:
             results["test"] |= _translate(config, trainer, tokenizer, splits.test)
     results["counters"] = trainer.counters.state()["args"]
@@ -93,21 +105,18 @@ def finetune(
     return trainer
 
 
-def _check_folder(folder: Path, args: TrainingArguments) -> None:
-    """A folder with a model or a checkpoint is a run, which only resuming may go on with."""
-    make_folder(folder, remedy="name another folder with --output_dir")
-    held = [path.name for path in folder.iterdir() if path.name in (RESULTS, "config.json")]
-    held += [path.name for path in folder.glob("checkpoint-*")]
-    if held and args.resume_from_checkpoint is None:
-        raise UserError(
-            f"{folder} already holds a run ({min(held)}): go on with it by --resume_from_checkpoint last, name another "
-            "folder with --output_dir, or remove it first"
-        )
-    if (
-        args.resume_from_checkpoint is not None
-        and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file()
-    ):
-        raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint of a Trainer")
+def _load(
+    config: FinetuningConfig, seed: int, say: Callable[[str], None]
+) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:
+    """The task, its model and tokenizer, and the data, each checked against the others."""
+    if config.model is None:
+        task = task_of(config, None)
+        splits = load_splits(config, task, seed, say)
+        return task, *generate_model(task, config.cache_dir, seed), splits
+    model_config, tokenizer = load_config_and_tokenizer(config.model)
+    task = task_of(config, model_config)
+    splits = load_splits(config, task, seed, say, known_classes=classes_of(model_config))
+    return task, load_model(config, task, splits.classes, tokenizer, say), tokenizer, splits
 
 
 def _named(splits: Splits) -> dict[str, Dataset]:
@@ -116,7 +125,8 @@ def _named(splits: Splits) -> dict[str, Dataset]:
 
 
 def _describe(counts: Counter[str], max_length: int) -> str:
-    said = [f"dropped {counts['blank']:,} blank ones"] if counts["blank"] else ["dropped none"]
+    dropped = [f"{counts[why]:,} {said}" for why, said in _DROPPED.items() if counts[why]]
+    said = [f"dropped {' and '.join(dropped)}" if dropped else "dropped none"]
     if counts["cut"]:
         said.append(f"cut {counts['cut']:,} to {max_length:,} tokens")
     return ", ".join(said)
@@ -137,8 +147,13 @@ def _translate(
     return {"test_bleu": score.bleu, "test_bleu_signature": score.signature, "test_bleu_decoding": score.decoding}
 
 
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without the Trainer's own loss, which is no mean over the targets for every model and number of ranks."""
+    return {name: value for name, value in metrics.items() if not name.endswith("_loss")}
+
+
 def _summary(metrics: dict[str, Any]) -> str:
-    """The figures without the Trainer's own loss and timings."""
+    """The figures without the timings."""
     kept = {name.partition("_")[2]: value for name, value in metrics.items()}
     names = ("accuracy", "nats_per_token", "perplexity", "bleu", "bleu_signature", "bleu_decoding")
     return ", ".join(

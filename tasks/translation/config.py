@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.options import OptionParser
+from tasks.options import OptionParser, flag, option
 from tasks.translation.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, text_of_preset
 
@@ -21,10 +21,6 @@ PRECISIONS = ("no", "bf16", "fp16")
 LR_DECAYS = ("inverse-sqrt", "linear", "cosine")
 
 
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass(frozen=True)
 class TranslationConfig:
     """All options of `scripts/train_wmt.py`; its defaults are the preset "generated", for the built-in corpus.
@@ -33,17 +29,17 @@ class TranslationConfig:
     Augmentation paper trains it (section 4.3): 100 000 updates of 4 096 padded tokens a rank.
     """
 
-    preset: str = _option("generated", "named values for all other options; an option that is given overrides it")
+    preset: str = option("generated", "named values for all other options; an option that is given overrides it")
 
     # Batch Augmentation
-    ba_m: int = _option(1, "M, the paper's number of copies: how often each sentence pair stands in an update")
-    copies_per_pass: str = _option(
+    ba_m: int = option(1, "M, the paper's number of copies: how often each sentence pair stands in an update")
+    copies_per_pass: str = option(
         "auto", "copies in one forward and backward pass, 1 to M; auto starts at M and halves when memory runs out"
     )
-    reproducible_copies: bool = _option(
+    reproducible_copies: bool = option(
         False, "draw each copy's masks from (seed, update, batch, copy), so that no plan or rank changes them"
     )
-    allow_identical_copies: bool = _option(False, "train with M > 1 although nothing random is between the copies")
+    allow_identical_copies: bool = option(False, "train with M > 1 although nothing random is between the copies")
 
     # data
     train_prefix: list[str] = field(
@@ -53,75 +49,75 @@ class TranslationConfig:
             "datasets:NAME:CONFIG:SPLIT for a data set of the hub or a folder; several are joined"
         },
     )
-    valid_prefix: str | None = _option(None, "parallel text that chooses the best checkpoint")
+    valid_prefix: str | None = option(None, "parallel text that chooses the best checkpoint")
     test_prefix: list[str] = field(
         default_factory=list,
         metadata={"help": "parallel test text, translated and scored at the end, each by itself"},
     )
-    data_dir: str | None = _option(None, "folder of the text that a preset names; by default $SEQBA_DATA")
-    source_lang: str = _option("en", "ending of the source files")
-    target_lang: str = _option("de", "ending of the target files")
-    vocab_size: int = _option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
-    max_length: int = _option(250, "longest sentence in pieces, eos included; longer pairs are dropped and counted")
-    max_length_ratio: float | None = _option(
+    data_dir: str | None = option(None, "folder of the text that a preset names; by default $SEQBA_DATA")
+    source_lang: str = option("en", "ending of the source files")
+    target_lang: str = option("de", "ending of the target files")
+    vocab_size: int = option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
+    max_length: int = option(250, "longest sentence in pieces, eos included; longer pairs are dropped and counted")
+    max_length_ratio: float | None = option(
         None, "drop training pairs whose longer side has over this many times the pieces of the shorter (9 if short)"
     )
-    cache_dir: str = _option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
-    num_proc: int = _option(1, "threads that preprocess")
-    num_workers: int = _option(0, "processes that collate batches; 0 collates in the training process")
+    cache_dir: str = option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
+    num_proc: int = option(1, "threads that preprocess")
+    num_workers: int = option(0, "processes that collate batches; 0 collates in the training process")
 
     # model: MarianConfig as a Transformer; the four dropouts are the transform T
-    width: int = _option(192, "width of the model, D")
-    ffn_width: int = _option(768, "width of the feed-forward layers")
-    num_layers: int = _option(2, "layers of the encoder, and of the decoder")
-    num_heads: int = _option(4, "heads of every attention layer, H")
-    dropout: float = _option(0.1, "probability of zeroing, on embeddings and residual branches")
-    attention_dropout: float = _option(0.1, "probability of zeroing, on attention weights")
-    activation_dropout: float = _option(0.1, "probability of zeroing, inside the feed-forward layers")
+    width: int = option(192, "width of the model, D")
+    ffn_width: int = option(768, "width of the feed-forward layers")
+    num_layers: int = option(2, "layers of the encoder, and of the decoder")
+    num_heads: int = option(4, "heads of every attention layer, H")
+    dropout: float = option(0.1, "probability of zeroing, on embeddings and residual branches")
+    attention_dropout: float = option(0.1, "probability of zeroing, on attention weights")
+    activation_dropout: float = option(0.1, "probability of zeroing, inside the feed-forward layers")
 
     # optimisation
-    max_tokens: int = _option(512, "padded tokens in a batch, max(source, target) times pairs, before repetition")
-    accumulation: int = _option(1, "batches of a rank in one update")
-    max_updates: int = _option(800, "updates (optimizer steps)")
-    warmup_updates: int = _option(150, "updates of linear warm-up")
-    lr_scale: float = _option(0.35, "the learning rate's peak is this times (width * warmup-updates)^-0.5")
-    lr_decay: str = _option(
+    max_tokens: int = option(512, "padded tokens in a batch, max(source, target) times pairs, before repetition")
+    accumulation: int = option(1, "batches of a rank in one update")
+    max_updates: int = option(800, "updates (optimizer steps)")
+    warmup_updates: int = option(150, "updates of linear warm-up")
+    lr_scale: float = option(0.35, "the learning rate's peak is this times (width * warmup-updates)^-0.5")
+    lr_decay: str = option(
         "inverse-sqrt", "fall of the rate after its peak: inverse-sqrt, or linear or cosine to 0 at max-updates"
     )
-    label_smoothing: float = _option(0.1, "probability mass spread evenly over the vocabulary")
-    max_norm: float | None = _option(None, "clip the gradient to this L2 norm; not clipped by default")
-    mixed_precision: str | None = _option(None, "no, bf16 or fp16; by default what accelerate is configured to")
-    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
-    cpu: bool = _option(False, "train on the processor even where an accelerator is at hand")
+    label_smoothing: float = option(0.1, "probability mass spread evenly over the vocabulary")
+    max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate is configured to")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    cpu: bool = option(False, "train on the processor even where an accelerator is at hand")
 
     # the run
-    output_dir: str | None = _option(None, "the run folder; by default runs/translation-TEXT-mM-seedSEED")
-    seed: int = _option(0, "seed of the weights, the data order and the masks")
-    corpus_seed: int = _option(0, "seed of the generated corpus, its test sentences too")
-    resume: bool = _option(False, "continue the run in --output-dir from its newest good checkpoint, exactly")
-    log_every: int = _option(25, "updates between rows of metrics.jsonl")
-    eval_every: int = _option(100, "updates between validations")
-    save_every: int = _option(100, "updates between checkpoints")
-    keep_checkpoints: int = _option(2, "newest checkpoints that are kept, beside the best")
-    report_to: str | None = _option(None, "a tracker that accelerate knows, such as tensorboard")
+    output_dir: str | None = option(None, "the run folder; by default runs/translation-TEXT-mM-seedSEED")
+    seed: int = option(0, "seed of the weights, the data order and the masks")
+    corpus_seed: int = option(0, "seed of the generated corpus, its test sentences too")
+    resume: bool = option(False, "continue the run in --output-dir from its newest good checkpoint, exactly")
+    log_every: int = option(25, "updates between rows of metrics.jsonl")
+    eval_every: int = option(100, "updates between validations")
+    save_every: int = option(100, "updates between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept, beside the best")
+    report_to: str | None = option(None, "a tracker that accelerate knows, such as tensorboard")
 
     # decoding
-    num_beams: int = _option(4, "beam width of the search for translations")
-    length_penalty: float = _option(0.6, "finished beams are ranked by log-probability / length^this")
+    num_beams: int = option(4, "beam width of the search for translations")
+    length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
-                raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{flag(name)} must be at least {least}, got {getattr(self, name)}")
         if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
             raise UserError(f"--max-length-ratio must be at least 1, got {self.max_length_ratio}")
         for name in ("lr_scale", "max_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{_flag(name)} must be above 0 and finite, got {value}")
+                raise UserError(f"{flag(name)} must be above 0 and finite, got {value}")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
+                raise UserError(f"{flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
         if self.mixed_precision not in (None, *PRECISIONS):
@@ -194,13 +190,11 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
         UserError: a value out of range, or an unknown preset; the message names the option.
     """
     parser = OptionParser(TranslationConfig, allow_abbrev=False, description="Train a translation model.")
-    named, _ = parser.parse_known_args(argv)
+    named = parser.parse_known_options(argv)
     if named.preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")
     parser.set_defaults(**PRESETS[named.preset], **_text_of(named))
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+    (config,) = parser.parse_args_into_dataclasses(argv)
     return config
 
 
@@ -221,8 +215,4 @@ def option_names() -> list[str]:
     >>> "--ba-m" in option_names()
     True
     """
-    return [_flag(option.name) for option in fields(TranslationConfig)]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return [flag(option.name) for option in fields(TranslationConfig)]

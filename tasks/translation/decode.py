@@ -99,7 +99,7 @@ def translate(
         decoding: the search; by default what the model's `generation_config` says.
         max_tokens: padded source tokens of a batch; by default 1 024 on a processor and 8 192 elsewhere.
         generation: what `generate` should do otherwise than `decoding`, the model's `generation_config`, and than
-            stopping at twice the source and some 20 pieces (`_max_new_tokens`).
+            stopping at twice the source and some 20 pieces (`max_new_tokens`).
 
     Returns:
         One translation a source, in their order.
@@ -107,7 +107,7 @@ def translate(
     was_training = model.training
     model.eval()
     ids = encode_sources(model, tokenizer, sources)
-    limits = [_max_new_tokens(model, len(row)) for row in ids]
+    limits = [max_new_tokens(model, len(row)) for row in ids]
     mine = range(accelerator.process_index, len(ids), accelerator.num_processes)
     if max_tokens is None:
         max_tokens = _MAX_TOKENS.get(accelerator.device.type, _MAX_TOKENS_ELSEWHERE)
@@ -203,8 +203,19 @@ def count_truncated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 def max_source_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The most pieces of a source: the model's positions or what its tokenizer states; None where neither is known."""
-    known = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        positions -= _positions_before_the_first(model)
+    known = [positions, tokenizer.model_max_length]
     return min((limit for limit in known if limit is not None and limit < _NO_LIMIT), default=None)
+
+
+def _positions_before_the_first(model: PreTrainedModel) -> int:
+    """RoBERTa's kind counts positions from behind the padding id, which its table of positions has a row for."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def _is_joint_marian(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -218,8 +229,11 @@ def _encode_lines(tokenizer: MarianTokenizer, sources: Sequence[str]) -> list[li
     return [list(itertools.islice(values, length)) for length in encoded.lengths.tolist()]
 
 
-def _max_new_tokens(model: PreTrainedModel, source_length: int) -> int:
-    """Twice the source, rounded up, and 20 more: a model that has not learnt to stop would fill every position."""
+def max_new_tokens(model: PreTrainedModel, source_length: int) -> int:
+    """The most pieces of a translation: a model that has not learnt to stop would fill every position.
+
+    Twice the source, rounded up, and 20 more.
+    """
     limit = 2 * -(-source_length // _LENGTH_STEP) * _LENGTH_STEP + 20
     positions = getattr(model.config, "max_position_embeddings", None)
     return limit if positions is None else min(limit, positions - 1)

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from tasks.errors import UserError
-from tasks.options import OptionParser
+from tasks.options import OptionParser, flag, option
 from tasks.translation.config import PRECISIONS
 from tasks.translation.decode import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
 
 _LEAST = {"num_beams": 1, "mc_dropout": 0, "num_samples_bootstrap": 1, "seed": 1, "max_tokens": 1}
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -31,44 +26,48 @@ class EvaluationConfig:
     )
 
     # text
-    source: str | None = _option(None, "file of source sentences, one a line (plain, .gz or .xz)")
-    reference: str | None = _option(None, "file of their reference translations, detokenised")
+    source: str | None = option(None, "file of source sentences, one a line (plain, .gz or .xz)")
+    reference: str | None = option(None, "file of their reference translations, detokenised")
     test_prefix: list[str] = field(
         default_factory=list,
         metadata={"help": "test sets, each scored by itself: P for files P.en and P.de, or datasets:NAME:CONFIG:SPLIT"},
     )
-    source_lang: str = _option("en", "ending of the source files of a --test-prefix")
-    target_lang: str = _option("de", "ending of the reference files, and the language of the Moses tokenizer")
-    source_prefix: str = _option("", 'text put before every source, such as T5\'s "translate English to German: "')
+    source_lang: str = option("en", "ending of the source files of a --test-prefix")
+    target_lang: str = option("de", "ending of the reference files, and the language of the Moses tokenizer")
+    source_code: str | None = option(
+        None, "the tokenizer's code of the source language, of multilingual models such as mBART (en_XX)"
+    )
+    target_code: str | None = option(None, "the tokenizer's code of the target language (de_DE)")
+    source_prefix: str = option("", 'text put before every source, such as T5\'s "translate English to German: "')
 
     # search
-    num_beams: int = _option(4, "beam width; 1 is greedy")
-    length_penalty: float = _option(0.6, "a, the exponent of the length penalty; L counts pieces, eos included")
-    length_penalty_kind: str = _option(
+    num_beams: int = option(4, "beam width; 1 is greedy")
+    length_penalty: float = option(0.6, "a, the exponent of the length penalty; L counts pieces, eos included")
+    length_penalty_kind: str = option(
         POWER,
         "power ranks beams by log-probability / L^a; gnmt-rerank takes the beams that this search finished and ranks "
         "them by log-probability / ((5+L)/6)^a",
     )
-    mc_dropout: int = _option(
+    mc_dropout: int = option(
         0,
         "N: every step takes the mean of N dropout masks' probabilities (N times the work); 0 decodes without dropout",
     )
-    max_tokens: int | None = _option(
+    max_tokens: int | None = option(
         None, "padded source tokens of a batch, before beams; by default 1 024 on a processor, 8 192 elsewhere"
     )
-    mixed_precision: str | None = _option(None, "no, bf16 or fp16; by default what accelerate is configured to")
-    cpu: bool = _option(False, "translate on the processor even where an accelerator is at hand")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate is configured to")
+    cpu: bool = option(False, "translate on the processor even where an accelerator is at hand")
 
     # results
-    output_dir: str | None = _option(None, "new folder for results.json and the translations, hyp.MODEL.TEST.txt")
-    num_samples_bootstrap: int = _option(1_000, "resamples of the paired bootstrap between several models")
-    seed: int = _option(12_345, "seed of the bootstrap and of the masks of --mc-dropout")
+    output_dir: str | None = option(None, "new folder for results.json and the translations, hyp.MODEL.TEST.txt")
+    num_samples_bootstrap: int = option(1_000, "resamples of the paired bootstrap between several models")
+    seed: int = option(12_345, "seed of the bootstrap and of the masks of --mc-dropout")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UserError(f"{_flag(name)} must be at least {least}, got {value}")
+                raise UserError(f"{flag(name)} must be at least {least}, got {value}")
         if not self.model:
             raise UserError("--model DIR names what is evaluated; none is given")
         if repeated := sorted({name for name in self.model if self.model.count(name) > 1}):
@@ -110,9 +109,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluationConfig:
         UserError: a value out of range, an option that is unknown or missing; the message names it.
     """
     parser = OptionParser(EvaluationConfig, allow_abbrev=False, description="Translate test text and score it.")
-    _, unknown = parser.parse_known_args(argv)  # before a misspelt option is missed as a required one
-    if unknown:
-        raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
     (config,) = parser.parse_args_into_dataclasses(argv)
     return config
 
@@ -123,8 +120,4 @@ def evaluation_option_names() -> list[str]:
     >>> "--mc-dropout" in evaluation_option_names()
     True
     """
-    return [_flag(option.name) for option in fields(EvaluationConfig)]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return [flag(option.name) for option in fields(EvaluationConfig)]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasks.errors import UserError, make_folder, writing
 from tasks.machine import start_accelerator
 from tasks.metrics import write_json, write_text
+from tasks.pretrained import use_languages
 from tasks.translation.decode import count_truncated, describe_other_settings, translate
 from tasks.translation.eval_config import EvaluationConfig
 from tasks.translation.eval_table import format_bootstrap, format_scores
@@ -112,6 +113,9 @@ def _read_texts(config: EvaluationConfig) -> dict[str, ParallelText]:
 def _load_systems(config: EvaluationConfig) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """All models, before one of them works for an hour."""
     systems = {name: load_translator(path) for name, path in system_names(config.model).items()}
+    codes = (config.source_code, config.target_code)
+    for model, tokenizer in systems.values():
+        use_languages(model, tokenizer, codes, "--source_code and --target_code")
     for name, (model, _) in systems.items():
         if config.mc_dropout and not has_dropout(model):
             raise UserError(

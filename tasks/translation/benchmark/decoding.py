@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from tasks.benchmark import Ratio, compare
 from tasks.machine import start_accelerator
 from tasks.translation.benchmark.config import BenchmarkConfig
-from tasks.translation.decode import Decoding, translate
+from tasks.translation.decode import Decoding, max_new_tokens, translate
 from tasks.translation.prepare import prepare
 from tasks.translation.train import train
 
@@ -48,8 +48,10 @@ def _in_file_order(
     translations: list[str] = []
     for start in range(0, len(sources), _BATCH):
         batch = tokenizer(list(sources[start : start + _BATCH]), return_tensors="pt", padding=True, truncation=True)
+        limit = max_new_tokens(model, batch.input_ids.shape[1])  # `translate`'s own, of the longest here
+        settings = {"num_beams": 4, "length_penalty": 0.6, "max_length": None, "max_new_tokens": limit}
         with accelerator.autocast():
-            output = model.generate(**batch.to(accelerator.device), num_beams=4, length_penalty=0.6)
+            output = model.generate(**batch.to(accelerator.device), **settings)
         translations += tokenizer.batch_decode(output, skip_special_tokens=True)
     return translations
 
