@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from seqba.audit import IdenticalCopiesError
-from seqba.trainer import BatchAugmentationArguments, BatchAugmentationMixin, augment
+from seqba.trainer import BatchAugmentationArguments, BatchAugmentationMixin, BatchAugmentationTrainer, augment
 from tiny_models import FAMILIES, gpt2, gradients, llama, marian
 from trainers import Pad, Samples, arguments, assert_close, make, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect
@@ -19,6 +19,15 @@ def test_copies_that_would_be_identical_are_refused_with_the_table(tmp_path):
         trainer_gradients(tmp_path, llama(0.0), Samples("llama", 3), ba_m=2)
     trainer_gradients(tmp_path, llama(0.0), Samples("llama", 3), ba_m=1)
     trainer_gradients(tmp_path, llama(0.0), Samples("llama", 3), ba_m=2, allow_identical_copies=True)
+
+
+@pytest.mark.trap(34)
+def test_copies_are_looked_at_in_the_modes_that_the_step_trains_them_in(tmp_path):
+    model, batch = llama(0.3), Pad()(Samples("llama", 3).rows)
+    trainer = make(tmp_path, model, ba_m=2)
+    for module in model.modules():
+        module.training = module is model  # the Trainer's step switches all of it on
+    assert trainer.training_step(model, batch) > 0
 
 
 @pytest.mark.trap(3)
@@ -121,3 +130,44 @@ def test_get_batch_samples_overridden_without_super_is_an_error_with_accumulatio
     settings = {"gradient_accumulation_steps": 2}
     with pytest.raises(RuntimeError, match="get_batch_samples was overridden without"):
         make(tmp_path, llama(0.3), trainer_class=Top, ba_m=2, settings=settings).train()
+
+
+class Counting(TrainerCallback):
+    """Holds what its trainer's loss holds: a list that both fill."""
+
+    def __init__(self, records):
+        self.records = records
+
+
+@pytest.mark.parametrize("num_copies", [1, 2])
+def test_what_a_trainer_shares_with_others_stays_shared(num_copies, tmp_path):
+    """Attributes are put back after the first batch was looked at, in the objects that others hold."""
+
+    class Records(BatchAugmentationTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.records, self.sums = [], {"losses": [0]}
+            self.add_callback(Counting(self.records))
+
+        def compute_loss(self, *args, **kwargs):
+            self.records.append(self.state.global_step)
+            self.sums["losses"][0] += 1
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make(tmp_path, llama(0.3), trainer_class=Records, ba_m=num_copies)
+    sums = trainer.sums
+    trainer.train()
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Counting))
+    assert trainer.records == callback.records == [0, 1, 2]  # three updates of one fused pass each
+    assert sums is trainer.sums
+    assert sums == {"losses": [3]}
+
+
+def test_a_refused_trainer_is_still_the_plain_one(tmp_path):
+    trainer = make(tmp_path, llama(0.3), trainer_class=Trainer)
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="a compiled model draws inside its kernels"):
+        augment(trainer, ba_m=2, reproducible_copies=True)
+    trainer.args.torch_compile = False
+    assert type(trainer) is Trainer
+    trainer.train()

@@ -10,33 +10,44 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from seqba.plan import PassState
 from seqba.trainer import (
     BatchAugmentationSeq2SeqTrainer,
     BatchAugmentationTrainer,
 )
-from tiny_models import bart, llama
-from trainers import Pad, Samples, Seen, make, trainer_gradients
+from tiny_models import bart, llama, marian
+from trainers import Pad, Samples, Seen, assert_close, make, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect
 
 # ---- evaluation
 
 
 @pytest.mark.trap(6)
-def test_evaluation_and_prediction_see_every_row_once(tmp_path):
+@pytest.mark.trap(7)
+@pytest.mark.parametrize("build", [llama, marian])  # the first divides by the number of items, the second does not
+def test_evaluation_and_prediction_see_every_row_once(build, tmp_path):
     rows = []
 
+    def logits(prediction):
+        first = prediction.predictions
+        return first[0] if isinstance(first, tuple) else first
+
     def count(prediction):
-        rows.append(len(prediction.predictions))
-        return {"rows": len(prediction.predictions)}
+        rows.append(len(logits(prediction)))
+        return {"rows": len(logits(prediction))}
 
     settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4}
-    trainer = make(tmp_path, llama(0.3), ba_m=4, settings=settings, compute_metrics=count)
+    trainer = make(tmp_path, build(0.3), ba_m=4, copies_per_pass=3, settings=settings, compute_metrics=count)
     trainer.train()
     data = Samples("llama", 10, seed=1)
-    assert len(trainer.predict(data).predictions) == len(data)
+    got = trainer.predict(data)
+    assert len(logits(got)) == len(data)
     assert rows == [10, 10]
     plain = make(tmp_path, trainer.model, trainer_class=Trainer, settings=settings)
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    want = plain.predict(data)
+    assert (logits(got) == logits(want)).all()
+    assert (got.label_ids == want.label_ids).all()
 
 
 def test_generation_sees_every_row_once(tmp_path):
@@ -215,6 +226,33 @@ def test_auto_halves_the_copies_and_is_bitwise_as_if_it_had_begun_there(tmp_path
     assert [record.getMessage()[-6:] for record in caplog.records] == ["with 2"]
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+class FullBesideGradients(SmallMemory):
+    """Runs out of memory only where the gradients of an earlier batch are held."""
+
+    def forward(self, *args, **kwargs):
+        alone = all(parameter.grad is None for parameter in self.parameters())
+        network = self.model if alone else super().forward
+        return network(*args, **kwargs)
+
+
+def test_a_batch_that_does_not_fit_beside_gradients_halves_too_and_is_then_known_to_fit(tmp_path, monkeypatch):
+    network, data = llama(0.3), Samples("llama", 15)
+    options = {"ba_m": 4, "reproducible_copies": True}
+    settings = {"gradient_accumulation_steps": 5, "num_train_epochs": 2}
+    want = trainer_gradients(tmp_path, SmallMemory(network, 99), data, settings=settings, copies_per_pass=4, **options)
+    copied, of = [], PassState.of.__func__
+
+    def spy(cls, model):
+        copied.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return of(cls, model)
+
+    monkeypatch.setattr(PassState, "of", classmethod(spy))
+    got = trainer_gradients(tmp_path, FullBesideGradients(network, 6), data, settings=settings, **options)
+    for update in (0, 1):
+        assert_close(got[update], want[update])
+    assert 1 <= sum(copied) < 8  # of the eight batches that found gradients: keeping these costs as much memory again
 
 
 def test_a_resumed_run_goes_on_with_the_copies_that_fitted(tmp_path, caplog):
