@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -28,14 +29,24 @@ class Plan:
     cpu: bool = False
 
 
-def peak_bytes(plan: Plan) -> int:
+def peak_bytes(plan: Plan, *, with_gaps: bool = False) -> int:
     """The most memory that model, optimizer and two updates hold at once, in a new process.
 
     On a GPU what torch's allocator handed out; on a processor the peak of the process's resident memory over what it
     had before the model was made.
+
+    Args:
+        plan: what is measured.
+        with_gaps: on a processor, with the gaps that freed tensors leave in the C library's heap, which depend on the
+            library and on luck; by default every tensor of 64 KiB and more is given back when it is freed.
     """
+    heap = {} if with_gaps else {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # glibc's
     done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(asdict(plan))], capture_output=True, text=True, check=False
+        [sys.executable, "-m", __name__, json.dumps(asdict(plan))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **heap},
     )
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {plan} failed:\n{done.stderr}")
