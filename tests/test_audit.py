@@ -144,6 +144,26 @@ def test_single_numbers_drawn_row_after_row_are_per_copy():
     assert "cannot be told apart by copy" in audit.variance_note
 
 
+@pytest.mark.trap(3)
+def test_a_shared_draw_stays_shared_beside_draws_of_its_kind_row_after_row():
+    def both(h):
+        return h * torch.rand(1, 8) * torch.stack([torch.rand(()) for _ in h])[:, None]
+
+    audit = audit_masks(Apply(both), x(), 3)
+    found = {(operation.kind, operation.scope): operation.calls for operation in audit.operations}
+    assert found == {("uniform", PER_COPY): 3 * B, ("uniform", SHARED): 1}
+
+
+@pytest.mark.trap(3)
+@pytest.mark.parametrize("runs", [lambda number: number < 0.5, lambda number: number > 0.5], ids=["low", "high"])
+def test_what_a_single_number_skips_is_met_whichever_side_skips_it(runs):
+    def sometimes(h):
+        return F.dropout(h, 0.5) if runs(torch.rand([])) else h
+
+    audit = audit_masks(Apply(sometimes), x())
+    assert scopes(audit) == {("", "dropout"): PER_COPY, ("", "uniform"): SHARED}
+
+
 def test_what_no_generator_shows_is_found_by_comparing_copies():
     hidden = np.random.default_rng(1)
 
@@ -165,6 +185,8 @@ def test_a_compiled_or_wrapped_model_is_audited_as_itself():
     want = audit_masks(model, x()).to_dict()
     assert audit_masks(torch.compile(model, backend="eager"), x()).to_dict() == want
     assert audit_masks(nn.DataParallel(model), x()).to_dict() == want
+    model.compile(backend="aot_eager")
+    assert audit_masks(model, x()).to_dict() == want
 
 
 # ---- inactive

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
 from distributed import run_ranks
+from seqba.random_state import rng_state, set_rng_state
+from seqba.trainer_state import generators_of_rank
 from tiny_models import FAMILIES
 from trainers import ENCODER_DECODERS, Pad, Samples, token_gradient
 
@@ -75,11 +79,18 @@ def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens_under_eve
 
 
 MASKS = """
-import tempfile
+import sys
 import torch
 from torch import nn
 from distributed import report
+from seqba.trainer import BatchAugmentationTrainer
 from trainers import Pad, trainer_gradients
+
+folder = sys.argv[1]
+
+class Resumed(BatchAugmentationTrainer):
+    def train(self):
+        return super().train(resume_from_checkpoint=folder + "/checkpoint-2")
 
 class Shown(nn.Module):
     def __init__(self):
@@ -90,7 +101,7 @@ class Shown(nn.Module):
         return {"loss": logits.mean(), "logits": logits}
 
 class Same(torch.utils.data.Dataset):
-    def __len__(self): return 8
+    def __len__(self): return 16
     def __getitem__(self, n): return {"input_ids": torch.tensor([5]), "labels": torch.tensor([5])}
 
 def masks(**options):
@@ -100,31 +111,52 @@ def masks(**options):
             seen.append((outputs["logits"] != 0).int().tolist())
         return outputs["loss"]
     collate = lambda samples: {key: x for key, x in Pad()(samples).items() if key != "attention_mask"}
-    settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "train_sampling_strategy": "random"}
-    trainer_gradients(tempfile.mkdtemp(), Shown(), Same(), collator=collate, compute_loss_func=loss,
+    settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "train_sampling_strategy": "random",
+                "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer_gradients(folder, Shown(), Same(), collator=collate, compute_loss_func=loss,
                       settings=settings, **options)
     return seen
 
 report({"processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0,
         "drawn": masks(ba_m=3, copies_per_pass=3), "again": masks(ba_m=3, copies_per_pass=3),
+        "resumed": masks(ba_m=3, copies_per_pass=3, trainer_class=Resumed),
         "streams": masks(ba_m=3, copies_per_pass=3, reproducible_copies=True),
         "passes": masks(ba_m=3, copies_per_pass=1, reproducible_copies=True)})
 """
 
 
 @pytest.mark.trap(13)
-def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch():
-    ranks = run_ranks(MASKS, 2)
+@pytest.mark.trap(24)
+def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch(tmp_path):
+    ranks = run_ranks(MASKS, 2, args=[str(tmp_path)])
     for how in ("drawn", "streams"):
-        updates = list(zip(*(rank[how] for rank in ranks), strict=True))
-        assert len(updates) == 4  # two an epoch
-        rows = [tuple(row) for passes in updates for masks in passes for row in masks]
-        assert len(rows) == 4 * 2 * 6
+        batches = list(zip(*(rank[how] for rank in ranks), strict=True))
+        assert len(batches) == 8  # two updates an epoch, two batches each
+        rows = [tuple(row) for passes in batches for masks in passes for row in masks]
+        assert len(rows) == 8 * 2 * 6
         assert len(set(rows)) == len(rows)
     for rank in ranks:
         assert rank["again"] == rank["drawn"]  # the same run again draws the same
+        assert rank["resumed"] == rank["drawn"][4:]  # so does its second half after a resume
         fused = [row for masks in rank["streams"] for row in masks]
         assert [row for masks in rank["passes"] for row in masks] == fused  # copy-major, whatever the plan
+
+
+@pytest.mark.trap(13)
+def test_a_shard_draws_its_own_numbers_from_every_generator_and_the_runs_own_go_on():
+    def drawn():
+        return torch.rand(4).tolist(), np.random.rand(), random.random()
+
+    start = rng_state()
+    want = drawn()
+    found = []
+    for update, shard in itertools.product((1, 2), (0, 1)):
+        set_rng_state(start)
+        with generators_of_rank(42, update, shard):
+            found.append(drawn())
+        assert drawn() == want
+    for numbers in zip(*found, strict=True):
+        assert len(set(map(str, numbers))) == 4
 
 
 OTHERS = """
@@ -153,8 +185,8 @@ counts = []
 evaluated = make(folder, model, ba_m=3, settings={"per_device_eval_batch_size": 4},
                  compute_metrics=lambda p: counts.append(len(p.predictions)) or {})
 evaluated.evaluate()
-evaluated.predict(Samples("llama", 13))
-report({"counts": counts, "own": total(own), "short": total(seen.gradients),
+predicted = evaluated.predict(Samples("llama", 13)).label_ids
+report({"counts": counts, "labels": [[int(label) for label in row if label != -100] for row in predicted], "own": total(own), "short": total(seen.gradients),
         "copies_per_pass": trainer.counters.copies_per_pass,
         "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances)})
 """
@@ -168,6 +200,8 @@ def other_findings():
 @pytest.mark.trap(7)
 def test_rows_that_do_not_fill_the_batches_of_two_ranks_are_evaluated_once(other_findings):
     assert [rank["counts"] for rank in other_findings] == [[10, 13], [10, 13]]
+    labels = [row["labels"].tolist() for row in Samples("llama", 13).rows]
+    assert [rank["labels"] for rank in other_findings] == [labels, labels]
 
 
 def test_ranks_agree_on_a_plan_count_together_and_may_average_by_rank(other_findings):

@@ -14,7 +14,7 @@ from seqba.trainer import (
     BatchAugmentationSeq2SeqTrainer,
     BatchAugmentationTrainer,
 )
-from tiny_models import bart, llama
+from tiny_models import bart, llama, marian
 from trainers import Pad, Samples, Seen, make, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect
 
@@ -22,21 +22,31 @@ from trainers import few_objects_to_collect as few_objects_to_collect
 
 
 @pytest.mark.trap(6)
-def test_evaluation_and_prediction_see_every_row_once(tmp_path):
+@pytest.mark.trap(7)
+@pytest.mark.parametrize("build", [llama, marian])  # the first divides by the number of items, the second does not
+def test_evaluation_and_prediction_see_every_row_once(build, tmp_path):
     rows = []
 
+    def logits(prediction):
+        first = prediction.predictions
+        return first[0] if isinstance(first, tuple) else first
+
     def count(prediction):
-        rows.append(len(prediction.predictions))
-        return {"rows": len(prediction.predictions)}
+        rows.append(len(logits(prediction)))
+        return {"rows": len(logits(prediction))}
 
     settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4}
-    trainer = make(tmp_path, llama(0.3), ba_m=4, settings=settings, compute_metrics=count)
+    trainer = make(tmp_path, build(0.3), ba_m=4, copies_per_pass=3, settings=settings, compute_metrics=count)
     trainer.train()
     data = Samples("llama", 10, seed=1)
-    assert len(trainer.predict(data).predictions) == len(data)
+    got = trainer.predict(data)
+    assert len(logits(got)) == len(data)
     assert rows == [10, 10]
     plain = make(tmp_path, trainer.model, trainer_class=Trainer, settings=settings)
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    want = plain.predict(data)
+    assert (logits(got) == logits(want)).all()
+    assert (got.label_ids == want.label_ids).all()
 
 
 def test_generation_sees_every_row_once(tmp_path):
@@ -215,6 +225,31 @@ def test_auto_halves_the_copies_and_is_bitwise_as_if_it_had_begun_there(tmp_path
     assert [record.getMessage()[-6:] for record in caplog.records] == ["with 2"]
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+class Counting(BatchAugmentationTrainer):
+    """Keeps counts in its `compute_loss`, as TRL's trainers do."""
+
+    rows_met = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows_met, self.metrics = 0, {"train": []}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.rows_met += len(inputs["input_ids"])
+        self.metrics["train"].append(len(inputs["input_ids"]))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("fits", [99, 6])
+def test_what_compute_loss_counts_is_counted_once_a_row_of_a_pass_that_stands(fits, tmp_path):
+    settings = {"gradient_accumulation_steps": 2}
+    data = Samples("llama", 9)
+    trainer = make(tmp_path, SmallMemory(llama(0.3), fits), data, trainer_class=Counting, ba_m=5, settings=settings)
+    trainer.train()
+    assert trainer.rows_met == 5 * 9
+    assert trainer.metrics["train"] == 3 * ([15] if fits == 99 else [6, 6, 3])
 
 
 def test_a_resumed_run_goes_on_with_the_copies_that_fitted(tmp_path, caplog):
