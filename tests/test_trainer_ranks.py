@@ -186,7 +186,9 @@ evaluated = make(folder, model, ba_m=3, settings={"per_device_eval_batch_size": 
                  compute_metrics=lambda p: counts.append(len(p.predictions)) or {})
 evaluated.evaluate()
 predicted = evaluated.predict(Samples("llama", 13)).label_ids
-report({"counts": counts, "labels": [[int(label) for label in row if label != -100] for row in predicted], "own": total(own), "short": total(seen.gradients),
+report({"counts": counts, "own": total(own),
+        "labels": [[int(label) for label in row if label != -100] for row in predicted],
+        "short": total(seen.gradients),
         "copies_per_pass": trainer.counters.copies_per_pass,
         "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances)})
 """

@@ -230,8 +230,6 @@ def test_auto_halves_the_copies_and_is_bitwise_as_if_it_had_begun_there(tmp_path
 class Counting(BatchAugmentationTrainer):
     """Keeps counts in its `compute_loss`, as TRL's trainers do."""
 
-    rows_met = 0
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.rows_met, self.metrics = 0, {"train": []}
