@@ -185,6 +185,8 @@ def test_a_compiled_or_wrapped_model_is_audited_as_itself():
     want = audit_masks(model, x()).to_dict()
     assert audit_masks(torch.compile(model, backend="eager"), x()).to_dict() == want
     assert audit_masks(nn.DataParallel(model), x()).to_dict() == want
+    model.compile(backend="aot_eager")
+    assert audit_masks(model, x()).to_dict() == want
 
 
 # ---- inactive

@@ -1,5 +1,7 @@
 """What a training batch may be: repeated on its rows, kept whole where rows belong together, or refused."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,15 @@ def test_every_update_holds_each_of_its_samples_m_times_in_the_order_of_one_copy
     assert plain.state.epoch == augmented.state.epoch
 
 
+@pytest.mark.trap(24)
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_each_epoch_has_an_order_of_its_own(sampling, tmp_path):
+    rows, _ = rows_met(tmp_path, Numbered(13), 2, train_sampling_strategy=sampling)
+    first, second = rows[:4], rows[4:]
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+    assert first != second
+
+
 def test_the_rows_are_those_of_a_plain_trainer(tmp_path):
     model = Recorder()
     args = arguments(tmp_path, num_train_epochs=2, per_device_train_batch_size=4, train_sampling_strategy="random")
@@ -160,17 +171,52 @@ def test_packed_batches_run_one_copy_a_pass_and_their_gradient_is_that_of_the_se
         assert_close(got, want)
 
 
+FUSED_PACKED = r"the batches are packed.*copies_per_pass is 2; set copies_per_pass=1"
+
+
 @pytest.mark.trap(48)
-def test_packed_batches_in_a_fused_pass_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the batches are packed.*copies_per_pass is 2; set copies_per_pass=1"):
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_packed_batches_in_a_fused_pass_are_refused(boundaries, tmp_path):
+    with pytest.raises(ValueError, match=FUSED_PACKED):
         trainer_gradients(
             tmp_path,
             FAMILIES["llama"](),
             Samples("llama", 3),
-            collator=Flattening(return_flash_attn_kwargs=True),
+            collator=Flattening(return_flash_attn_kwargs=boundaries),
             ba_m=2,
             copies_per_pass=2,
         )
+
+
+class FlatteningLater(Flattening):
+    """Its first batch holds one sequence, so that nothing shows that rows are packed."""
+
+    def __call__(self, samples):
+        alone = not hasattr(self, "has_begun")
+        self.has_begun = True
+        return super().__call__(samples[:1] if alone else samples)
+
+
+@pytest.mark.trap(48)
+@pytest.mark.parametrize("accumulation", [1, 2])  # packed from the second update on, in the second batch of the first
+def test_batches_that_are_packed_later_in_a_run_are_kept_alone_and_refused_too(accumulation, tmp_path):
+    settings = {"gradient_accumulation_steps": accumulation}
+
+    def made(copies_per_pass):
+        return BatchAugmentationTrainer(
+            model=FAMILIES["llama"](),
+            args=arguments(tmp_path, **settings),
+            train_dataset=Samples("llama", 6),
+            data_collator=FlatteningLater(),
+            ba_m=2,
+            copies_per_pass=copies_per_pass,
+        )
+
+    trainer = made("auto")
+    trainer.train()
+    assert trainer.counters.copies_per_pass == 1
+    with pytest.raises(ValueError, match=FUSED_PACKED):
+        made(2).train()
 
 
 def test_a_batch_that_cannot_be_repeated_says_what_to_do():
@@ -227,9 +273,17 @@ def test_a_contrastive_loss_runs_one_copy_a_pass_without_siblings(tmp_path):
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
     settings = {"per_device_train_batch_size": 4}
+    rows = []  # identical siblings would move the loss by a constant, and no gradient
+
+    def note(module, args, inputs):
+        if torch.is_grad_enabled():
+            rows.append(len(inputs["input_ids"]))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     (got,) = trainer_gradients(
         tmp_path, model, data, collator=pair_up, settings=settings, ba_m=3, allow_identical_copies=True
     )
+    assert rows == [4, 4, 4]
     assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from trainers import (
     arguments,
     assert_close,
     batches_of,
+    make,
     token_gradient,
     token_loss,
     trainer_gradients,
@@ -136,6 +137,17 @@ def test_with_dropout_and_streams_the_gradient_is_the_sum_over_copies_that_were_
             **IDENTICAL,
         )
         assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["marian", "llama"])
+@pytest.mark.parametrize(("num_copies", "copies_per_pass"), QUICK_PLANS)
+def test_the_loss_that_is_logged_is_the_mean_token_loss(family, num_copies, copies_per_pass, tmp_path):
+    model, data = FAMILIES[family](dropout=0.0), Samples(family, 5)
+    with torch.no_grad():
+        losses, counts = zip(*(token_loss(model, batch) for batch in batches_of(data)), strict=True)
+    options = {"ba_m": num_copies, "copies_per_pass": copies_per_pass, **IDENTICAL}
+    trainer = make(tmp_path, model, data, settings={"gradient_accumulation_steps": 2}, **options)
+    assert trainer.train().training_loss == pytest.approx(float(sum(losses)) / sum(counts), rel=1e-5)
 
 
 # ---- one copy

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from seqba.audit import IdenticalCopiesError
@@ -54,6 +55,25 @@ def test_looking_at_the_first_batch_moves_no_generator_and_no_gradient(family, c
     assert torch.equal(state, state_known)
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+def test_looking_at_a_model_that_is_random_in_eval_mode_too_moves_no_generator(tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.drawn = nn.Parameter(torch.ones(())), []
+
+        def forward(self, input_ids, labels=None):
+            noise = torch.rand(input_ids.shape)
+            self.drawn.append(noise)
+            return {"loss": (self.weight * noise).mean(), "logits": self.weight * noise}
+
+    model, batch = Noisy(), {name: torch.ones(3, 2, dtype=torch.long) for name in ("input_ids", "labels")}
+    trainer = make(tmp_path, model, ba_m=2)
+    torch.manual_seed(7)
+    trainer.training_step(model, batch)
+    torch.manual_seed(7)
+    assert torch.equal(model.drawn[-1], torch.rand(6, 2))
 
 
 # ---- making one

@@ -79,11 +79,18 @@ def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens_under_eve
 
 
 MASKS = """
-import tempfile
+import sys
 import torch
 from torch import nn
 from distributed import report
+from seqba.trainer import BatchAugmentationTrainer
 from trainers import Pad, trainer_gradients
+
+folder = sys.argv[1]
+
+class Resumed(BatchAugmentationTrainer):
+    def train(self):
+        return super().train(resume_from_checkpoint=folder + "/checkpoint-2")
 
 class Shown(nn.Module):
     def __init__(self):
@@ -105,21 +112,23 @@ def masks(**options):
         return outputs["loss"]
     collate = lambda samples: {key: x for key, x in Pad()(samples).items() if key != "attention_mask"}
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "train_sampling_strategy": "random",
-                "gradient_accumulation_steps": 2}
-    trainer_gradients(tempfile.mkdtemp(), Shown(), Same(), collator=collate, compute_loss_func=loss,
+                "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer_gradients(folder, Shown(), Same(), collator=collate, compute_loss_func=loss,
                       settings=settings, **options)
     return seen
 
 report({"processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0,
         "drawn": masks(ba_m=3, copies_per_pass=3), "again": masks(ba_m=3, copies_per_pass=3),
+        "resumed": masks(ba_m=3, copies_per_pass=3, trainer_class=Resumed),
         "streams": masks(ba_m=3, copies_per_pass=3, reproducible_copies=True),
         "passes": masks(ba_m=3, copies_per_pass=1, reproducible_copies=True)})
 """
 
 
 @pytest.mark.trap(13)
-def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch():
-    ranks = run_ranks(MASKS, 2)
+@pytest.mark.trap(24)
+def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch(tmp_path):
+    ranks = run_ranks(MASKS, 2, args=[str(tmp_path)])
     for how in ("drawn", "streams"):
         batches = list(zip(*(rank[how] for rank in ranks), strict=True))
         assert len(batches) == 8  # two updates an epoch, two batches each
@@ -128,6 +137,7 @@ def test_ranks_with_the_same_samples_draw_masks_of_their_own_in_every_epoch():
         assert len(set(rows)) == len(rows)
     for rank in ranks:
         assert rank["again"] == rank["drawn"]  # the same run again draws the same
+        assert rank["resumed"] == rank["drawn"][4:]  # so does its second half after a resume
         fused = [row for masks in rank["streams"] for row in masks]
         assert [row for masks in rank["passes"] for row in masks] == fused  # copy-major, whatever the plan
 
@@ -176,8 +186,9 @@ evaluated = make(folder, model, ba_m=3, settings={"per_device_eval_batch_size": 
                  compute_metrics=lambda p: counts.append(len(p.predictions)) or {})
 evaluated.evaluate()
 predicted = evaluated.predict(Samples("llama", 13)).label_ids
-labels = [[int(label) for label in row if label != -100] for row in predicted]
-report({"counts": counts, "labels": labels, "own": total(own), "short": total(seen.gradients),
+report({"counts": counts, "own": total(own),
+        "labels": [[int(label) for label in row if label != -100] for row in predicted],
+        "short": total(seen.gradients),
         "copies_per_pass": trainer.counters.copies_per_pass,
         "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances)})
 """

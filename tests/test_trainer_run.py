@@ -255,6 +255,29 @@ def test_a_batch_that_does_not_fit_beside_gradients_halves_too_and_is_then_known
     assert 1 <= sum(copied) < 8  # of the eight batches that found gradients: keeping these costs as much memory again
 
 
+class Counting(BatchAugmentationTrainer):
+    """Keeps counts in its `compute_loss`, as TRL's trainers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows_met, self.metrics = 0, {"train": []}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.rows_met += len(inputs["input_ids"])
+        self.metrics["train"].append(len(inputs["input_ids"]))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("fits", [99, 6])
+def test_what_compute_loss_counts_is_counted_once_a_row_of_a_pass_that_stands(fits, tmp_path):
+    settings = {"gradient_accumulation_steps": 2}
+    data = Samples("llama", 9)
+    trainer = make(tmp_path, SmallMemory(llama(0.3), fits), data, trainer_class=Counting, ba_m=5, settings=settings)
+    trainer.train()
+    assert trainer.rows_met == 5 * 9
+    assert trainer.metrics["train"] == 3 * ([15] if fits == 99 else [6, 6, 3])
+
+
 def test_a_resumed_run_goes_on_with_the_copies_that_fitted(tmp_path, caplog):
     settings = {"num_train_epochs": 2, "save_strategy": "epoch"}
     make(tmp_path, SmallMemory(llama(0.3), 6), ba_m=4, settings=settings).train()

@@ -160,8 +160,8 @@ class MaskShown(nn.Module):
 
 
 @pytest.mark.trap(26)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_masks_of_a_compiled_model_keep_their_rate_and_are_independent_between_copies(backend, tmp_path):
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_masks_keep_their_rate_and_are_independent_between_copies_compiled_or_not(backend, tmp_path):
     masks = []
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -173,11 +173,11 @@ def test_masks_of_a_compiled_model_keep_their_rate_and_are_independent_between_c
         batch = Pad()(samples)
         return {name: batch[name] for name in ("input_ids", "labels")}
 
-    settings = {"torch_compile": True, "torch_compile_backend": backend}
-    options = {"collator": collate, "compute_loss_func": loss, "settings": settings, "ba_m": 4}
-    trainer_gradients(tmp_path, MaskShown(), Samples("llama", 3), **options)
-    (kept,) = masks
-    rows = kept.double()
+    settings = {} if backend is None else {"torch_compile": True, "torch_compile_backend": backend}
+    options = {"collator": collate, "compute_loss_func": loss, "settings": settings, "ba_m": 4, "copies_per_pass": 2}
+    trainer_gradients(tmp_path, MaskShown(), Samples("llama", 6), **options)
+    assert [len(kept) for kept in masks] == [6, 6, 6, 6]  # two updates, two passes of two copies each
+    rows = torch.cat(masks).double()
     z = (rows.mean() - 0.7) / (0.7 * 0.3 / rows.numel()) ** 0.5
     assert abs(z) < 5
     correlations = torch.corrcoef(rows) - torch.eye(len(rows))
