@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from seqba import copy_streams, repeat_batch, unfold
+from seqba.trainer_state import generators_of_rank
 from tiny_models import FAMILIES, batch_for, enable_checkpointing, gradients, summed_nll
+from trainers import Samples, batches_of, make, token_gradient, trainer_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +63,64 @@ def test_the_generators_of_the_device_are_as_before():
     with copy_streams((0, 1), seed=1, update=2):
         nn.functional.dropout(torch.ones(4, 8, device="cuda"), 0.5)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+# ---- the Trainer
+
+
+def cuda_gradients(folder, model, **more):
+    """A Trainer's gradients on the GPU, of two accumulated batches of an update."""
+    settings = {"use_cpu": False, "gradient_accumulation_steps": 2, **more.pop("settings", {})}
+    return trainer_gradients(folder, model, Samples("llama", 5), settings=settings, **more)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+@pytest.mark.parametrize("copies_per_pass", [1, 3])
+def test_a_trainers_gradient_on_a_gpu_is_the_mean_token_loss_also_behind_the_loss_scaler(
+    precision, copies_per_pass, tmp_path
+):
+    model = FAMILIES["llama"](dropout=0.0)
+    want = token_gradient(model, batches_of(Samples("llama", 5)))
+    options = {"ba_m": 3, "copies_per_pass": copies_per_pass, "allow_identical_copies": True, "settings": precision}
+    (got,) = cuda_gradients(tmp_path, model, **options)
+    scale = max(float(x.norm()) for x in want.values())
+    for name in want:
+        assert float((got[name].cpu() - want[name]).norm()) / scale < (2e-2 if precision else 1e-4), name
+
+
+def test_a_trainers_streams_on_a_gpu_do_not_see_the_plan(tmp_path):
+    model = FAMILIES["llama"](dropout=0.3)
+    found = [cuda_gradients(tmp_path, model, ba_m=4, copies_per_pass=k, reproducible_copies=True)[0] for k in (1, 3, 4)]
+    for got in found[1:]:
+        for name in got:
+            torch.testing.assert_close(got[name], found[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_generators_of_a_rank_reach_the_gpu_and_are_put_back():
+    state = torch.cuda.get_rng_state()
+    drawn = []
+    for shard in (0, 1, 0):
+        with generators_of_rank(7, 1, shard):
+            drawn.append(torch.rand(4, device="cuda"))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_auto_halves_where_the_gpus_memory_ends(tmp_path):
+    model = FAMILIES["llama"](dropout=0.3)
+    free, _ = torch.cuda.mem_get_info()
+
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def forward(self, input_ids, labels=None, attention_mask=None, **kwargs):
+            if torch.is_grad_enabled():
+                torch.empty(len(input_ids) * free // 8, dtype=torch.uint8, device="cuda")
+            return self.model(input_ids=input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
+
+    trainer = make(tmp_path, Large(), Samples("llama", 3), ba_m=4, settings={"use_cpu": False})
+    trainer.train()
+    assert trainer.counters.copies_per_pass == 2  # 6 of 8 parts; 12 are too many

@@ -4,28 +4,18 @@ import itertools
 
 import pytest
 import torch
-from transformers import (
-    FSMTConfig,
-    FSMTForConditionalGeneration,
-    M2M100Config,
-    M2M100ForConditionalGeneration,
-    MBartConfig,
-    MBartForConditionalGeneration,
-    PegasusConfig,
-    PegasusForConditionalGeneration,
-    Trainer,
-)
+from transformers import Trainer
 
 from seqba.streams import copy_streams
 from seqba.trainer import BatchAugmentationTrainer
-from tiny_models import FAMILIES, VOCABULARY, _bart_like, gradients
+from tiny_models import EVERY_FAMILY, FAMILIES, OTHER_ENCODER_DECODERS, gradients
 from trainers import (
-    ENCODER_DECODERS,
     Pad,
     Samples,
     arguments,
     assert_close,
     batches_of,
+    collator_of,
     make,
     token_gradient,
     token_loss,
@@ -36,31 +26,6 @@ from trainers import few_objects_to_collect as few_objects_to_collect
 IDENTICAL = {"allow_identical_copies": True}  # without dropout, so that copies are known
 PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]
 QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
-
-
-def mbart(dropout=0.2):
-    return MBartForConditionalGeneration(_bart_like(MBartConfig, dropout))
-
-
-def m2m100(dropout=0.2):
-    return M2M100ForConditionalGeneration(_bart_like(M2M100Config, dropout))
-
-
-def pegasus(dropout=0.2):
-    return PegasusForConditionalGeneration(_bart_like(PegasusConfig, dropout))
-
-
-def fsmt(dropout=0.2):
-    sizes = {"langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "pad_token_id": 1}
-    return FSMTForConditionalGeneration(_bart_like(FSMTConfig, dropout, **sizes))
-
-
-OTHERS = {"mbart": mbart, "m2m100": m2m100, "pegasus": pegasus, "fsmt": fsmt}
-
-
-def collator_of(family, model, label_smoothing):
-    """Label smoothing takes the labels away, so the decoder's inputs must be in the batch; FSMT always wants them."""
-    return Pad(model if family == "fsmt" or (label_smoothing and family in ENCODER_DECODERS) else None)
 
 
 def settings_of(label_smoothing, accumulation):
@@ -97,16 +62,17 @@ def test_the_gradient_is_that_of_the_mean_token_loss(family, label_smoothing, ac
 
 @pytest.mark.slow
 @pytest.mark.trap(8)
-@pytest.mark.parametrize(("family", "label_smoothing", "accumulation"), CELLS)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize(("label_smoothing", "accumulation"), itertools.product([0.0, 0.1], [1, 2]))
 def test_the_gradient_is_that_of_the_mean_token_loss_under_every_plan(family, label_smoothing, accumulation, tmp_path):
-    check_law(family, FAMILIES[family](dropout=0.0), label_smoothing, accumulation, PLANS, tmp_path)
+    check_law(family, EVERY_FAMILY[family](dropout=0.0), label_smoothing, accumulation, PLANS, tmp_path)
 
 
 @pytest.mark.trap(9)
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", OTHER_ENCODER_DECODERS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_encoder_decoders_that_ignore_the_number_of_items_are_right_too(family, label_smoothing, tmp_path):
-    check_law(family, OTHERS[family](dropout=0.0), label_smoothing, 2, [(3, 2)], tmp_path)
+    check_law(family, OTHER_ENCODER_DECODERS[family](dropout=0.0), label_smoothing, 2, [(3, 2)], tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

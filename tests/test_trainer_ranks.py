@@ -11,8 +11,8 @@ import torch
 from distributed import run_ranks
 from seqba.random_state import rng_state, set_rng_state
 from seqba.trainer_state import generators_of_rank
-from tiny_models import FAMILIES
-from trainers import ENCODER_DECODERS, Pad, Samples, token_gradient
+from tiny_models import EVERY_FAMILY
+from trainers import Pad, Samples, collator_of, summary, token_gradient
 
 PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]
 QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
@@ -21,8 +21,8 @@ LAW = """
 import gc, itertools, json, sys, tempfile
 import torch
 from distributed import report
-from tiny_models import FAMILIES
-from trainers import ENCODER_DECODERS, Pad, Samples, trainer_gradients
+from tiny_models import EVERY_FAMILY
+from trainers import Samples, collator_of, summary, trainer_gradients
 
 families, plans = json.loads(sys.argv[1])
 folder = tempfile.mkdtemp()
@@ -30,8 +30,8 @@ found = {}
 gc.freeze()
 for family, smoothing, accumulation in itertools.product(families, (0.0, 0.1), (1, 2)):
     torch.manual_seed(0)
-    model = FAMILIES[family](dropout=0.0)
-    collator = Pad(model if smoothing and family in ENCODER_DECODERS else None)
+    model = EVERY_FAMILY[family](dropout=0.0)
+    collator = collator_of(family, model, smoothing)
     settings = {"label_smoothing_factor": smoothing, "gradient_accumulation_steps": accumulation}
     for num_copies, copies_per_pass in plans:
         (gradient,) = trainer_gradients(
@@ -39,14 +39,9 @@ for family, smoothing, accumulation in itertools.product(families, (0.0, 0.1), (
             ba_m=num_copies, copies_per_pass=copies_per_pass, allow_identical_copies=True,
         )
         cell = f"{family} {smoothing} {accumulation} {num_copies} {copies_per_pass}"
-        tensors = gradient.values()
-        found[cell] = [float(x.double().sum()) for x in tensors] + [float(x.norm()) for x in tensors]
+        found[cell] = summary(gradient)
 report({"num_processes": torch.distributed.get_world_size(), "found": found})
 """
-
-
-def summary(gradient):
-    return [float(x.double().sum()) for x in gradient.values()] + [float(x.norm()) for x in gradient.values()]
 
 
 def check_law(families, plans, timeout=180):
@@ -55,9 +50,9 @@ def check_law(families, plans, timeout=180):
     assert ranks[0]["found"].keys() == ranks[1]["found"].keys()
     for family, smoothing, accumulation in itertools.product(families, (0.0, 0.1), (1, 2)):
         torch.manual_seed(0)
-        model = FAMILIES[family](dropout=0.0)
+        model = EVERY_FAMILY[family](dropout=0.0)
         data = Samples(family, 6 * accumulation)
-        batch = Pad(model if smoothing and family in ENCODER_DECODERS else None)(data.rows)
+        batch = collator_of(family, model, smoothing)(data.rows)
         want = torch.tensor(summary(token_gradient(model, [batch], smoothing)))
         for num_copies, copies_per_pass in plans:
             cell = f"{family} {smoothing} {accumulation} {num_copies} {copies_per_pass}"
@@ -75,7 +70,7 @@ def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens():
 @pytest.mark.slow
 @pytest.mark.trap(9)
 def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens_under_every_plan():
-    check_law(list(FAMILIES), PLANS, timeout=1200)
+    check_law(list(EVERY_FAMILY), PLANS, timeout=1200)
 
 
 MASKS = """
@@ -209,7 +204,7 @@ def test_rows_that_do_not_fill_the_batches_of_two_ranks_are_evaluated_once(other
 def test_ranks_agree_on_a_plan_count_together_and_may_average_by_rank(other_findings):
     ranks = other_findings
     torch.manual_seed(0)
-    model, data = FAMILIES["llama"](dropout=0.0), Samples("llama", 12).rows
+    model, data = EVERY_FAMILY["llama"](dropout=0.0), Samples("llama", 12).rows
     assert [rank["copies_per_pass"] for rank in ranks] == [2, 2]
     assert [(rank["unique"], rank["seen"]) for rank in ranks] == [(12, 48), (12, 48)]
     updates = [token_gradient(model, [Pad()(data[i : i + 6])]) for i in (0, 6)]

@@ -8,12 +8,20 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -84,8 +92,29 @@ def llama(dropout: float = 0.2, **more: Any) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def mbart(dropout: float = 0.2) -> nn.Module:
+    return MBartForConditionalGeneration(_bart_like(MBartConfig, dropout))
+
+
+def m2m100(dropout: float = 0.2) -> nn.Module:
+    return M2M100ForConditionalGeneration(_bart_like(M2M100Config, dropout))
+
+
+def pegasus(dropout: float = 0.2) -> nn.Module:
+    return PegasusForConditionalGeneration(_bart_like(PegasusConfig, dropout))
+
+
+def fsmt(dropout: float = 0.2) -> nn.Module:
+    sizes = {"langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "pad_token_id": 1}
+    return FSMTForConditionalGeneration(_bart_like(FSMTConfig, dropout, **sizes))
+
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama}
 SEQ2SEQ = ("marian", "bart", "t5")
+OTHER_ENCODER_DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "mbart": mbart, "m2m100": m2m100, "pegasus": pegasus, "fsmt": fsmt
+}  # fmt: skip
+EVERY_FAMILY = {**FAMILIES, **OTHER_ENCODER_DECODERS}
 
 
 def batch_for(family: str, num_samples: int = 3, *, seed: int = 0) -> dict[str, Tensor]:

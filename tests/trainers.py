@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from seqba.trainer import BatchAugmentationTrainer
-from tiny_models import SEQ2SEQ, VOCABULARY, gradients
+from tiny_models import OTHER_ENCODER_DECODERS, SEQ2SEQ, VOCABULARY, gradients
 
 
 class Samples(Dataset):
@@ -35,7 +35,7 @@ class Samples(Dataset):
         return dict(self.rows[n])
 
 
-ENCODER_DECODERS = {*SEQ2SEQ, "mbart", "m2m100", "pegasus", "fsmt"}
+ENCODER_DECODERS = {*SEQ2SEQ, *OTHER_ENCODER_DECODERS}
 
 
 class Pad:
@@ -57,6 +57,20 @@ class Pad:
             shifted = torch.cat([start, batch["labels"][:, :-1]], dim=1)
             batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, self.model.config.pad_token_id)
         return batch
+
+
+def collator_of(family: str, model: nn.Module, label_smoothing: float) -> Pad:
+    """Label smoothing takes the labels away, so the decoder's inputs must be in the batch; FSMT always wants them."""
+    return Pad(model if family == "fsmt" or (label_smoothing and family in ENCODER_DECODERS) else None)
+
+
+def summary(gradient: dict[str, Tensor]) -> list[float]:
+    """Of every tensor the sum, the norm, and the product with one random direction."""
+    found = []
+    for n, x in enumerate(gradient.values()):
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(n))
+        found += [float(x.double().sum()), float(x.norm()), float((x * direction).sum())]
+    return found
 
 
 class Seen(TrainerCallback):
