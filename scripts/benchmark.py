@@ -23,6 +23,9 @@ TASKS: dict[str, Any] = {"translation": translation, "finetuning": finetuning}
 def main() -> None:
     with explained():
         names = [argument for argument in sys.argv[1:] if argument in TASKS]
+        if not names and {"-h", "--help"} & set(sys.argv):
+            print(f"{__doc__}\nTasks: {', '.join(TASKS)}; each has a --help of its own.")
+            return
         if len(names) != 1:
             raise UserError(f"name what to measure, one of {', '.join(TASKS)}; each has a --help of its own")
         task = TASKS[names[0]]

@@ -1,6 +1,6 @@
 """The command line of a script: options from dataclasses, and complaints in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -40,3 +40,15 @@ def flag(name: str) -> str:
     '--ba-m'
     """
     return "--" + name.replace("_", "-")
+
+
+def check_least(options: Any, least: Mapping[str, int]) -> None:
+    """Refuse options below their least value; one that is None is not looked at.
+
+    Raises:
+        UserError: it names the option, the limit and the value.
+    """
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise UserError(f"{flag(name)} must be at least {limit}, got {value}")

@@ -7,6 +7,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
+from bad_input import call
 from seqba.step import TrainStep
 from tasks.errors import UserError
 from tasks.finetuning import benchmark as finetuning
@@ -136,3 +137,9 @@ def test_the_script_wants_a_task():
     done = subprocess.run([sys.executable, "scripts/benchmark.py"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: name what to measure, one of translation, finetuning; each has a --help of its own\n"
+
+
+def test_the_scripts_help_names_the_tasks(monkeypatch, capsys):
+    verdict = call("benchmark.py", ["--help"], monkeypatch, capsys)
+    assert verdict.status == 0
+    assert "Tasks: translation, finetuning" in verdict.stdout

@@ -16,6 +16,7 @@ from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.model import collator_for
+from tasks.options import check_least
 from tasks.step_timer import StepTimer
 
 ROWS = ("plain", "fused")
@@ -37,9 +38,7 @@ class BenchmarkConfig:
     cpu: bool = field(default=False, metadata={"help": "measure on the processor even where an accelerator is at hand"})
 
     def __post_init__(self) -> None:
-        for name, least in {"ba_m": 2, "batch_size": 1, "updates": 1, "pairs": 2}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, {"ba_m": 2, "batch_size": 1, "updates": 1, "pairs": 2})
         if wrong := [row for row in self.rows if row not in ROWS]:
             raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
         if self.task not in TASKS:

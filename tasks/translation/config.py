@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.options import OptionParser, flag, option
+from tasks.options import OptionParser, check_least, flag, option
 from tasks.translation.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, text_of_preset
 
@@ -106,9 +106,7 @@ class TranslationConfig:
     length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{flag(name)} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, _LEAST)
         if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
             raise UserError(f"--max-length-ratio must be at least 1, got {self.max_length_ratio}")
         for name in ("lr_scale", "max_norm"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from tasks.errors import UserError
-from tasks.options import OptionParser, flag, option
+from tasks.options import OptionParser, check_least, flag, option
 from tasks.translation.config import PRECISIONS
 from tasks.translation.decode import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
 
@@ -64,10 +64,7 @@ class EvaluationConfig:
     seed: int = option(12_345, "seed of the bootstrap and of the masks of --mc-dropout")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+        check_least(self, _LEAST)
         if not self.model:
             raise UserError("--model DIR names what is evaluated; none is given")
         if repeated := sorted({name for name in self.model if self.model.count(name) > 1}):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.options import check_least
 from tasks.translation.config import TranslationConfig, parse_config
 
 ROWS = ("trainer", "bare", "fused", "waiting", "memory", "preprocessing", "decoding", "streams")
@@ -36,9 +37,7 @@ class BenchmarkConfig:
     cpu: bool = field(default=False, metadata={"help": "measure on the processor even where an accelerator is at hand"})
 
     def __post_init__(self) -> None:
-        for name, least in {"ba_m": 2, "updates": 1, "pairs": 2, "sentences": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, {"ba_m": 2, "updates": 1, "pairs": 2, "sentences": 1})
         if wrong := [row for row in self.rows if row not in ROWS]:
             raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
 
