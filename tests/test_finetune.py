@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from bad_input import call, contents
+from tasks.finetuning import generated
 from tasks.finetuning.config import parse_finetuning
 from tasks.finetuning.data import encode
 from tasks.finetuning.generated import generate_data
@@ -219,7 +220,9 @@ def test_a_held_out_part_is_neither_trained_on_nor_moved_by_the_run(models, data
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "causal", "classification"])
-def test_with_nothing_named_a_small_model_learns_the_generated_text(task, finetune, tmp_path):
+def test_with_nothing_named_a_small_model_learns_the_generated_text(task, finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr(generated, "generate_corpus", lambda: generate_corpus(train=600, valid=20, test=6))
+    monkeypatch.setattr(generated, "_VOCAB_SIZE", 600)
     verdict = finetune("--task", task, "--ba_m", 2, "--cache_dir", tmp_path / "cache", "--max_length", 12)
     assert verdict.status == 0, verdict.error
     assert "training on the built-in generated text" in verdict.stdout
