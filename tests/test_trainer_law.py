@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_mean_token_loss(family, label_smoothing, ac
 @pytest.mark.slow
 @pytest.mark.trap(8)
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-@pytest.mark.parametrize(("label_smoothing", "accumulation"), itertools.product([0.0, 0.1], [1, 2]))
+@pytest.mark.parametrize(("label_smoothing", "accumulation"), list(itertools.product([0.0, 0.1], [1, 2])))
 def test_the_gradient_is_that_of_the_mean_token_loss_under_every_plan(family, label_smoothing, accumulation, tmp_path):
     check_law(family, EVERY_FAMILY[family](dropout=0.0), label_smoothing, accumulation, PLANS, tmp_path)
 
