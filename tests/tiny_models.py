@@ -171,6 +171,8 @@ def _bart_like(config: type, dropout: float, **more: Any) -> Any:
         "dropout": dropout,
         "attention_dropout": dropout,
         "activation_dropout": dropout,
+        "encoder_layerdrop": 0.0,  # M2M100's own default is 0.05
+        "decoder_layerdrop": 0.0,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
         "eos_token_id": 1,
