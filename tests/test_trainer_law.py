@@ -10,11 +10,15 @@ from seqba.streams import copy_streams
 from seqba.trainer import BatchAugmentationTrainer
 from tiny_models import EVERY_FAMILY, FAMILIES, OTHER_ENCODER_DECODERS, gradients
 from trainers import (
+    IDENTICAL,
+    PLANS,
+    QUICK_PLANS,
     Pad,
     Samples,
     arguments,
     assert_close,
     batches_of,
+    check_plans,
     collator_of,
     make,
     token_gradient,
@@ -22,10 +26,6 @@ from trainers import (
     trainer_gradients,
 )
 from trainers import few_objects_to_collect as few_objects_to_collect
-
-IDENTICAL = {"allow_identical_copies": True}  # without dropout, so that copies are known
-PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]
-QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
 
 
 def settings_of(label_smoothing, accumulation):
@@ -36,18 +36,8 @@ def check_law(family, model, label_smoothing, accumulation, plans, folder):
     data = Samples(family, 5 if accumulation == 2 else 3)  # accumulated: a batch of 3 and one of 2
     collator = collator_of(family, model, label_smoothing)
     want = token_gradient(model, batches_of(data, collate=collator), label_smoothing)
-    for num_copies, copies_per_pass in plans:
-        (got,) = trainer_gradients(
-            folder,
-            model,
-            data,
-            collator=collator,
-            settings=settings_of(label_smoothing, accumulation),
-            ba_m=num_copies,
-            copies_per_pass=copies_per_pass,
-            **IDENTICAL,
-        )
-        assert_close(got, want)
+    settings = settings_of(label_smoothing, accumulation)
+    check_plans(folder, model, data, want, plans=plans, collator=collator, settings=settings)
 
 
 CELLS = list(itertools.product(FAMILIES, [0.0, 0.1], [1, 2]))

@@ -8,11 +8,17 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from seqba.trainer import BatchAugmentationMixin, BatchAugmentationTrainer
 from tiny_models import FAMILIES, VOCABULARY, gradients
-from trainers import Pad, Samples, assert_close, batches_of, token_gradient, trainer_gradients
+from trainers import (
+    ACCUMULATED,
+    IDENTICAL,
+    Pad,
+    Samples,
+    batches_of,
+    check_plans,
+    token_gradient,
+    trainer_gradients,
+)
 from trainers import few_objects_to_collect as few_objects_to_collect
-
-IDENTICAL = {"allow_identical_copies": True}  # without dropout, so that copies are known
-QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
 
 
 def bert(problem_type, num_labels):
@@ -63,18 +69,7 @@ def test_a_loss_over_samples_is_their_mean_over_the_update(problem_type, tmp_pat
     loss(model(**batch).logits, labels).backward()
     want = gradients(model)
     model.zero_grad()
-    for num_copies, copies_per_pass in QUICK_PLANS:
-        (got,) = trainer_gradients(
-            tmp_path,
-            model,
-            data,
-            collator=PadLabelled(),
-            settings={"gradient_accumulation_steps": 2},
-            ba_m=num_copies,
-            copies_per_pass=copies_per_pass,
-            **IDENTICAL,
-        )
-        assert_close(got, want)
+    check_plans(tmp_path, model, data, want, collator=PadLabelled(), settings=ACCUMULATED)
 
 
 def summed_over_items(outputs, labels, num_items_in_batch=None):
@@ -136,19 +131,7 @@ def check_custom(folder, *, collator=None, **options):
     model, data = FAMILIES["bart"](dropout=0.0), Samples("bart", 5)
     collator = Pad(model if collator else None)
     want = token_gradient(model, batches_of(data, collate=collator))
-    for num_copies, copies_per_pass in QUICK_PLANS:
-        (got,) = trainer_gradients(
-            folder,
-            model,
-            data,
-            collator=collator,
-            settings={"gradient_accumulation_steps": 2},
-            ba_m=num_copies,
-            copies_per_pass=copies_per_pass,
-            **IDENTICAL,
-            **options,
-        )
-        assert_close(got, want)
+    check_plans(folder, model, data, want, collator=collator, settings=ACCUMULATED, **options)
 
 
 class Bare(nn.Module):
@@ -185,18 +168,7 @@ def test_whether_a_loss_shifts_its_labels_is_found_by_asking_it(shifts, first_la
     (sum(loss * count for loss, count in losses) / sum(count for _, count in losses)).backward()
     want = gradients(model)
     model.zero_grad()
-    for num_copies, copies_per_pass in QUICK_PLANS:
-        (got,) = trainer_gradients(
-            tmp_path,
-            model,
-            data,
-            collator=PadBare(),
-            settings={"gradient_accumulation_steps": 2},
-            ba_m=num_copies,
-            copies_per_pass=copies_per_pass,
-            **IDENTICAL,
-        )
-        assert_close(got, want)
+    check_plans(tmp_path, model, data, want, collator=PadBare(), settings=ACCUMULATED)
 
 
 class Unlabelled(Bare):
@@ -215,10 +187,7 @@ def test_a_loss_that_does_not_look_at_the_labels_is_a_mean_over_samples(accumula
     want = gradients(model)
     model.zero_grad()
     settings = {"gradient_accumulation_steps": accumulation}
-    for num_copies, copies_per_pass in QUICK_PLANS:
-        options = {"ba_m": num_copies, "copies_per_pass": copies_per_pass, **IDENTICAL}
-        (got,) = trainer_gradients(tmp_path, model, data, collator=PadBare(), settings=settings, **options)
-        assert_close(got, want)
+    check_plans(tmp_path, model, data, want, collator=PadBare(), settings=settings)
 
 
 @pytest.mark.parametrize("family", ["marian", "llama"])
@@ -231,17 +200,7 @@ def test_a_batch_without_targets_adds_nothing(family, where, tmp_path):
     want = token_gradient(model, batches if where is None else [batches[1 - where]])
     if where is None:  # an update without any
         want = {name: torch.zeros_like(x) for name, x in want.items()}
-    for num_copies, copies_per_pass in QUICK_PLANS:
-        (got,) = trainer_gradients(
-            tmp_path,
-            model,
-            data,
-            settings={"gradient_accumulation_steps": 2},
-            ba_m=num_copies,
-            copies_per_pass=copies_per_pass,
-            **IDENTICAL,
-        )
-        assert_close(got, want)
+    check_plans(tmp_path, model, data, want, settings=ACCUMULATED)
 
 
 def test_a_loss_that_is_a_sum_over_rows_is_refused_with_copies(tmp_path):

@@ -12,10 +12,7 @@ from distributed import run_ranks
 from seqba.random_state import rng_state, set_rng_state
 from seqba.trainer_state import generators_of_rank
 from tiny_models import EVERY_FAMILY
-from trainers import Pad, Samples, collator_of, summary, token_gradient
-
-PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]
-QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
+from trainers import PLANS, QUICK_PLANS, Pad, Samples, collator_of, summary, token_gradient
 
 LAW = """
 import gc, itertools, json, sys, tempfile

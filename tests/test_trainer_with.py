@@ -15,11 +15,19 @@ from seqba.audit import IdenticalCopiesError
 from seqba.streams import copy_streams
 from seqba.trainer import BatchAugmentationMixin, BatchAugmentationTrainer
 from tiny_models import VOCABULARY, enable_checkpointing, gradients, llama, marian
-from trainers import Pad, Samples, Seen, assert_close, batches_of, token_gradient, token_loss, trainer_gradients
+from trainers import (
+    ACCUMULATED,
+    IDENTICAL,
+    Pad,
+    Samples,
+    Seen,
+    assert_close,
+    batches_of,
+    token_gradient,
+    token_loss,
+    trainer_gradients,
+)
 from trainers import few_objects_to_collect as few_objects_to_collect
-
-ACCUMULATED = {"gradient_accumulation_steps": 2}
-IDENTICAL = {"allow_identical_copies": True}
 
 
 def copies_one_by_one(model, batches, num_copies, seed):

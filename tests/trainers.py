@@ -1,7 +1,7 @@
 """Trainers over tiny models, the gradients that reach their optimizer, and what these should be."""
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 from seqba.trainer import BatchAugmentationTrainer
 from tiny_models import OTHER_ENCODER_DECODERS, SEQ2SEQ, VOCABULARY, gradients
+
+IDENTICAL = {"allow_identical_copies": True}  # without dropout, so that copies are known
+ACCUMULATED = {"gradient_accumulation_steps": 2}
+PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]  # (M, K)
+QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
 
 
 class Samples(Dataset):
@@ -127,6 +132,23 @@ def trainer_gradients(
     )
     trainer.train()
     return seen.gradients
+
+
+def check_plans(
+    folder: Any,
+    model: nn.Module,
+    data: Any,
+    want: dict[str, Tensor],
+    *,
+    plans: Sequence[tuple[int, int]] = QUICK_PLANS,
+    **options: Any,
+) -> None:
+    """The one update of an epoch has the gradient `want` under every plan (M, K)."""
+    for num_copies, copies_per_pass in plans:
+        (got,) = trainer_gradients(
+            folder, model, data, ba_m=num_copies, copies_per_pass=copies_per_pass, **IDENTICAL, **options
+        )
+        assert_close(got, want)
 
 
 def token_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, int]:
