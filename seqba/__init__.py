@@ -5,6 +5,7 @@ The Hugging Face Trainer integration is imported when it is first asked for: tra
 
 from typing import TYPE_CHECKING, Any
 
+from seqba import schedule as schedule
 from seqba.audit import IdenticalCopiesError as IdenticalCopiesError
 from seqba.audit import MaskAudit as MaskAudit
 from seqba.audit import Operation as Operation
@@ -15,6 +16,8 @@ from seqba.checkpoint import find_checkpoint as find_checkpoint
 from seqba.checkpoint import load_checkpoint as load_checkpoint
 from seqba.checkpoint import save_checkpoint as save_checkpoint
 from seqba.collator import BatchAugmentationCollator as BatchAugmentationCollator
+from seqba.errors import StreamError as StreamError
+from seqba.errors import UnsupportedError as UnsupportedError
 from seqba.loss import count_targets as count_targets
 from seqba.loss import linear_cross_entropy as linear_cross_entropy
 from seqba.loss import token_cross_entropy as token_cross_entropy

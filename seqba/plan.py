@@ -28,7 +28,12 @@ def plan_passes(copies: Sequence[int], copies_per_pass: int) -> list[tuple[int, 
 
     >>> plan_passes(range(4), 3)
     [(0, 1, 2), (3,)]
+
+    Raises:
+        ValueError: K is no integer from 1 to the number of copies.
     """
+    if isinstance(copies_per_pass, bool) or not isinstance(copies_per_pass, int):
+        raise ValueError(f"copies_per_pass must be auto or a whole number, got {copies_per_pass!r}")
     if not 1 <= copies_per_pass <= len(copies):
         raise ValueError(
             f"copies_per_pass must be from 1 to the number of copies, {len(copies)}, got {copies_per_pass}"

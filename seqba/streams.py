@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seqba.errors import StreamError
 from seqba.random_ops import (
     CUDNN_RNN,
     FUSED_ATTENTION,
@@ -100,7 +101,7 @@ def copy_streams(
             (heads folded into rows, (M*B*H, T, S)); without it, any multiple of len(copies) is taken.
 
     Raises:
-        RuntimeError: an operation whose draws cannot be told apart by copy, by name, with what to do: rows that are
+        StreamError: an operation whose draws cannot be told apart by copy, by name, with what to do: rows that are
             no multiple of the copies, `torch.randperm`, a generator of the model's own, dropout inside a fused
             attention kernel or cuDNN's recurrent networks, recurrent dropout over a `PackedSequence`; and on leaving,
             numbers that numpy, Python or a kernel outside of torch's operations drew meanwhile.
@@ -142,10 +143,10 @@ class _CopyStreams(RandomOps):
         if call.kind in (FUSED_ATTENTION, CUDNN_RNN):
             if not call.drops_out:
                 return call.run()
-            raise RuntimeError(_fused_refusal(call))
+            raise StreamError(_fused_refusal(call))
         key = _next_key()
         if call.own_generator() is not None:
-            raise RuntimeError(
+            raise StreamError(
                 f"{call.name} draws from a generator that the model passes itself, so its copies cannot have streams "
                 "of their own; let it use torch's default generator, or train without reproducible copies"
             )
@@ -153,7 +154,7 @@ class _CopyStreams(RandomOps):
         if draws_are_shared() or (has_rows and call.shape == ()):
             return self.draw(call, _mix(key, _SHARED))
         if not has_rows:
-            raise RuntimeError(
+            raise StreamError(
                 f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
                 "all copies, wrap it in `with seqba.shared_draws():`, else train without reproducible copies"
             )
@@ -188,7 +189,7 @@ class _CopyStreams(RandomOps):
         if call.packed or size == 0 or (size != num_copies and size % unit):
             samples = f" of {self.num_samples} samples" if self.num_samples else ""
             packed = ", over a PackedSequence whose rows are interleaved in time" if call.packed else ""
-            raise RuntimeError(
+            raise StreamError(
                 f"{call.name} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold the rows "
                 f"of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask is meant "
                 "for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
@@ -245,7 +246,7 @@ def _default_generator(device: torch.device, name: str) -> torch.Generator:
         return torch.default_generator
     generators = getattr(torch.get_device_module(device), "default_generators", None)
     if generators is None:
-        raise RuntimeError(f"{name} on {device}: this device has no generator that can be seeded per copy")
+        raise StreamError(f"{name} on {device}: this device has no generator that can be seeded per copy")
     index = device.index if device.index is not None else torch.get_device_module(device).current_device()
     return generators[index]
 
@@ -273,7 +274,7 @@ def _refuse_other_generators(entry: _Entry) -> None:
     if entry.cuda_state is not None and now.cuda_state is not None and not entry.cuda_state.equal(now.cuda_state):
         moved.append("the CUDA generator in a kernel of its own (flash attention, for one)")
     if moved:
-        raise RuntimeError(
+        raise StreamError(
             f"the model drew from {' and '.join(moved)} during the pass, which no stream of a copy covers (SpecAugment "
             "and some LayerDrops do): such a draw differs between plans. Switch it off, draw with torch instead, or "
             "train without reproducible copies"

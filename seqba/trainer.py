@@ -19,8 +19,8 @@ Where this is not what a plain Trainer of transformers 5.17 to 5.24 does, alread
 - An update without any target: the plain loss is nan, here it is 0.
 - Length-grouped sampling: the plain order of later epochs depends on how many numbers dropout drew, here it comes from
   (seed, epoch), so that neither M nor resuming moves it.
-- One process on several GPUs without a launcher (`nn.DataParallel`), DeepSpeed, tensor, context and sequence
-  parallelism: refused.
+- One process on several GPUs without a launcher (`nn.DataParallel`), DeepSpeed, FSDP, Megatron-LM, tensor, context
+  and sequence parallelism: refused.
 
 A plain Trainer's other choices hold: with `average_tokens_across_devices=False` every rank divides by its own targets.
 An auxiliary loss beside the token loss (mixtures of experts) is added once for every batch, so it takes fused passes.
@@ -84,16 +84,20 @@ class BatchAugmentationMixin(_TrainerBase):
     Args:
         *args, **kwargs: the Trainer's own.
         ba_m: M, by default 1.
-        copies_per_pass: K from 1 to M, or "auto" (default): start with all M in one pass, and halve on out-of-memory.
+        copies_per_pass: K from 1 to M, or "auto" (default): start with all M in one pass, and halve on out-of-memory
+            (not on several ranks with an overridden `compute_loss`, where that cannot be done safely: a warning).
         reproducible_copies: copy m of an update draws from its own stream of (seed, update, batch, m), so that
             the masks are the same under every plan (`seqba.copy_streams`).
         allow_identical_copies: train even where nothing random makes the copies of a sample differ.
         ba_args: all four in one object, instead of them.
 
     Raises:
-        ValueError: an option out of range, or one that this Trainer's setting cannot keep; on the first batch, copies
-            that would all be identical (`IdenticalCopiesError`), packed rows or rows that the loss compares with each
-            other (in-batch negatives) in a fused pass, and a loss that is a sum over its rows.
+        ValueError: an option out of range.
+        UnsupportedError: an option that this Trainer's setting cannot keep; when training, packed rows or rows that the
+            loss compares with each other (in-batch negatives) in a fused pass that was asked for, and a loss that is a
+            sum over its rows.
+        IdenticalCopiesError: when training, copies that would all be identical.
+        StreamError: when training with reproducible copies, a draw that cannot be told apart by copy.
     """
 
     def __init__(
@@ -324,7 +328,7 @@ def augment(
 
     Raises:
         TypeError: the trainer has Batch Augmentation already.
-        ValueError: as `BatchAugmentationMixin`.
+        ValueError, UnsupportedError: as `BatchAugmentationMixin`.
     """
     if isinstance(trainer, BatchAugmentationMixin):
         raise TypeError(f"{type(trainer).__name__} has Batch Augmentation already, with {trainer.ba_args}")

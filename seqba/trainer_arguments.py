@@ -35,7 +35,7 @@ class BatchAugmentationArguments:
 
     def __post_init__(self) -> None:
         self.copies_per_pass = str(self.copies_per_pass)
-        if self.copies_per_pass != "auto" and not self.copies_per_pass.isdigit():
+        if self.copies_per_pass != "auto" and not self.copies_per_pass.isdecimal():
             raise ValueError(f"copies_per_pass must be auto or from 1 to ba_m {self.ba_m}, got {self.copies_per_pass}")
         if isinstance(self.ba_m, bool) or not isinstance(self.ba_m, int) or self.ba_m < 1:
             raise ValueError(f"ba_m must be a whole number of at least 1, got {self.ba_m!r}")

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from seqba.audit import audit_masks, check_copies_differ
 from seqba.audit.state import is_compiled
+from seqba.errors import UnsupportedError
 from seqba.plan import CopyPlan, PassState
 from seqba.random_state import set_rng_state
 from seqba.trainer_batch import is_packed, take_copies, without_packing
@@ -18,28 +19,35 @@ from seqba.trainer_loss import Divisor, LossForm, Rows, measure_loss
 
 logger = logging.getLogger(__name__)
 
+_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+
 
 def refuse_unsupported(trainer: Trainer, reproducible_copies: bool) -> None:
     """Refuse a trainer whose setting the laws are not known to hold in.
 
     Raises:
-        ValueError: several GPUs in one process, DeepSpeed, a batch spread over ranks, or per-copy streams under a
-            compiler, which draws its random numbers out of their reach.
+        UnsupportedError: several GPUs in one process, DeepSpeed, FSDP, Megatron-LM, a batch spread over ranks, or
+            per-copy streams under a compiler, which draws its random numbers out of their reach.
     """
     if trainer.args.n_gpu > 1:
-        raise ValueError(
+        raise UnsupportedError(
             f"one process sees {trainer.args.n_gpu} GPUs and would spread the rows of a batch over them by "
             "nn.DataParallel; start one process a GPU (accelerate launch, torchrun), or show it one GPU "
             "(CUDA_VISIBLE_DEVICES)"
         )
     accelerator = trainer.accelerator
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("Batch Augmentation is not supported under DeepSpeed, which steps inside backward; use DDP")
+    if accelerator.distributed_type in _UNSUPPORTED:
+        raise UnsupportedError(
+            f"Batch Augmentation is not supported under {accelerator.distributed_type.value}, whose gradients are "
+            "reduced or stepped where the passes of an update do not reach; use DDP"
+        )
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise ValueError("Batch Augmentation is not supported with tensor, context or sequence parallelism; use DDP")
+        raise UnsupportedError(
+            "Batch Augmentation is not supported with tensor, context or sequence parallelism; use DDP"
+        )
     if reproducible_copies and (trainer.args.torch_compile or any(map(is_compiled, trainer.model.modules()))):
-        raise ValueError(
+        raise UnsupportedError(
             "reproducible_copies needs to see every random operation, and a compiled model draws inside its kernels; "
             "train without torch_compile or without reproducible_copies"
         )
@@ -49,12 +57,12 @@ def refuse_missing_decoder_inputs(trainer: Trainer, inputs: Any) -> None:
     """The Trainer's label smoothing takes the labels away, from which encoder-decoders would make these.
 
     Raises:
-        ValueError: they are missing. (BART would silently take the source for them.)
+        UnsupportedError: they are missing. (BART would silently take the source for them.)
     """
     is_encoder_decoder = getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False)
     given = any(key in inputs for key in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs"))
     if trainer.label_smoother is not None and is_encoder_decoder and not given:
-        raise ValueError(
+        raise UnsupportedError(
             f"label_smoothing_factor={trainer.args.label_smoothing_factor} takes the labels away from the model, and "
             "the batch has no decoder_input_ids; give the collator the model: DataCollatorForSeq2Seq(..., model=model)"
         )
@@ -96,20 +104,20 @@ def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> 
     """The plan, or the only one that this loss and these batches allow.
 
     Raises:
-        ValueError: the plan that was asked for is another one, or no plan is right.
+        UnsupportedError: the plan that was asked for is another one, or no plan is right.
     """
     num_copies = len(plan.copies)
     if num_copies == 1:
         return plan
     if form.rows is Rows.SUMMED:
-        raise ValueError(
+        raise UnsupportedError(
             f"the loss is a sum over the rows of a batch, so {num_copies} copies would make the gradient {num_copies} "
             "times as large; return the mean over the rows, or divide the sum by num_items_in_batch"
         )
     alone = _why_alone(form, packed)
     together = form.divisor is Divisor.BOTH
     if alone and together:
-        raise ValueError(f"{alone}; and {_TOGETHER}: no plan of {num_copies} copies is right for both")
+        raise UnsupportedError(f"{alone}; and {_TOGETHER}: no plan of {num_copies} copies is right for both")
     if alone:
         return _only(plan, 1, f"{alone}: one copy must stand in a pass")
     if together:
@@ -120,6 +128,12 @@ def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> 
         and type(trainer).compute_loss is not Trainer.compute_loss
     ):
         # ranks may talk to each other inside it (TRL's do), which they must not where one of them has failed
+        logger.warning(
+            "%s has a compute_loss of its own, in which ranks may talk to each other: copies_per_pass=auto stays at %d "
+            "and does not halve when memory runs out; set a smaller copies_per_pass there",
+            type(trainer).__name__,
+            plan.copies_per_pass,
+        )
         return CopyPlan(num_copies, plan.copies_per_pass)
     return plan
 
@@ -141,7 +155,7 @@ def _why_alone(form: LossForm, packed: bool) -> str | None:
 def _only(plan: CopyPlan, copies_per_pass: int, reason: str) -> CopyPlan:
     if plan.copies_per_pass != copies_per_pass:
         if not plan.is_auto:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{reason}, but copies_per_pass is {plan.copies_per_pass}; set copies_per_pass={copies_per_pass}"
             )
         logger.warning("%s (copies_per_pass=%d)", reason, copies_per_pass)

@@ -1,5 +1,6 @@
 """The command line of a script: options from dataclasses, and complaints in one line."""
 
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
@@ -15,6 +16,18 @@ class OptionParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise UserError(f"{message.removeprefix('argument ')}; --help explains all options")
+
+    @staticmethod
+    def peek(argv: Sequence[str] | None, name: str) -> str | None:
+        """The value of one option on the command line, before `--help` ends the parsing; None where it is not there.
+
+        >>> OptionParser.peek(["--ba-m=4", "--help"], "--ba-m")
+        '4'
+        """
+        parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument(name, nargs="?", dest="value")
+        value: str | None = parser.parse_known_args(argv)[0].value
+        return value
 
     def parse_known_options(self, argv: Sequence[str] | None) -> Any:
         """What is on the command line, before dataclasses look at it.

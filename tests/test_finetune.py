@@ -1,5 +1,6 @@
 """scripts/finetune.py: a model and data of any kind become a scored model folder, or one line that says why not."""
 
+import functools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
+    GPT2LMHeadModel,
     M2M100Config,
     M2M100ForConditionalGeneration,
     M2M100Tokenizer,
@@ -30,11 +32,11 @@ from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.tokenizer import train_tokenizer
-from tiny_models import bart, gpt2, llama, marian, t5
+from tiny_models import bart, gpt2, llama, marian, mixtral, t5
 from word_tokenizer import sentences, word_tokenizer
 
 _BATCHES = "--max_steps 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 5 --learning_rate 0.01"
-TRAINING = f"{_BATCHES} --logging_steps 1 --save_steps 2 --num_beams 2 --use_cpu true --disable_tqdm true".split()
+TRAINING = f"{_BATCHES} --logging_steps 1 --save_steps 2 --use_cpu true --disable_tqdm true".split()
 MODELS = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama, "bert": bert}
 
 
@@ -137,7 +139,7 @@ def test_a_model_of_any_kind_on_a_data_set_of_any_layout_becomes_a_scored_folder
 
 
 def test_the_scores_are_those_of_independent_references(models, data, finetune, tmp_path):
-    finetune("--model", models / "bart", "--dataset", data / "pairs", out="seq2seq")
+    finetune("--model", models / "bart", "--dataset", data / "pairs", "--num_beams", 2, out="seq2seq")
     results = json.loads((tmp_path / "seq2seq" / "results.json").read_text())["test"]
     rows = split(7, 2)
     hypotheses = (tmp_path / "seq2seq" / "hyp.test.txt").read_text().split("\n")[:-1]
@@ -257,6 +259,14 @@ def test_the_defaults_of_transformers_stay_for_a_model_that_is_named(tmp_path):
     assert args.output_dir == "runs/finetune-m-d-m1-seed42"
 
 
+@pytest.mark.parametrize(("options", "default"), [("", "0.002"), ("--model m", "5e-05")])
+def test_help_shows_the_defaults_of_what_is_named(options, default, capsys):
+    with pytest.raises(SystemExit):
+        parse_finetuning([*options.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"The initial learning rate for the optimizer. (default: {default})" in shown
+
+
 def test_the_newest_checkpoint_that_is_whole_is_gone_on_from(models, data, finetune, tmp_path):
     common = ["--model", models / "gpt2", "--dataset", data / "texts"]
     finetune(*common)
@@ -277,6 +287,39 @@ def test_a_run_is_not_gone_on_with_by_other_options(models, data, finetune):
     assert "holds a run with other options (--ba_m 2 there and 3 here)" in verdict.error
     assert "gpt2 there and" in finetune("--model", models / "llama", *common, "--ba_m", 2).error
     assert finetune("--model", models / "gpt2", *common, "--ba_m", 2, "--copies_per_pass", 1).status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--seed 2", "--seed 42 there and 2 here"),
+        ("--learning_rate 0.5", "--learning_rate 0.01 there and 0.5 here"),
+        ("--per_device_train_batch_size 2", "--per_device_train_batch_size 4 there and 2 here"),
+        ("--lr_scheduler_type cosine", "--lr_scheduler_type linear there and cosine here"),
+    ],
+)
+def test_nor_by_other_options_of_transformers(options, said, models, data, finetune, tmp_path):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
+    finetune(*common)
+    resume = ["--resume_from_checkpoint", "last"]
+    verdict = call_with(finetune, [*common, *resume], options.split(), tmp_path / "run")
+    assert f"holds a run with other options ({said})" in verdict.error
+    assert call_with(finetune, [*common, *resume], ["--logging_steps", "2"], tmp_path / "run").status == 0
+
+
+def test_a_checkpoint_of_another_folder_is_held_to_the_options_of_its_run(models, data, finetune, tmp_path):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
+    finetune(*common, out="old")
+    old = ["--resume_from_checkpoint", tmp_path / "old" / "checkpoint-2"]
+    assert "--ba_m 1 there and 3 here" in finetune(*common, *old, "--ba_m", 3, out="new").error
+    assert finetune(*common, *old, out="new").status == 0
+    kept = [json.loads((tmp_path / name / "options.json").read_text()) for name in ("old", "new")]
+    assert kept[0] == kept[1]
+    assert "new already holds a run (checkpoint-3): go on with it by" in finetune(*common, *old, out="new").error
+    (tmp_path / "old" / "options.json").unlink()  # of a plain Trainer
+    verdict = finetune(*common, *old, out="newer")
+    assert "old has no options.json: whether that run had the same options cannot be told" in verdict.stdout
+    assert verdict.status == 0
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
@@ -484,6 +527,16 @@ def test_a_translation_begins_with_the_language_that_was_asked_for(multilingual,
         ),
         ("--model {models}/bart --dataset {data}/renamed --source_column id --target_column id", "are both id"),
         ("--model {models}/bart --dataset {data}/pairs --source_code en_XX", "knows no languages; leave them out"),
+        (
+            "--model {models}/gpt2 --dataset {data}/texts --source_code xx",
+            "--source_code is an option of seq2seq, and the task is causal: leave it out",
+        ),
+        (
+            "--model {models}/bert --dataset {data}/classes --task classification --num_beams 2",
+            "--num_beams is an option of seq2seq, and",
+        ),
+        ("--text_column a", "--text_column is an option of causal and classification, and the task is seq2seq"),
+        ("--length_penalty nan", "--length_penalty must be finite, got nan"),
         ("--fp16 true", "--fp16 needs an accelerator, and this run is on cpu"),
         ("--do_eval true", "always trains and then evaluates"),
         ("--report_to wandb", "(?i)wandb"),
@@ -506,8 +559,37 @@ def test_identical_copies_are_refused_with_the_table(models, data, finetune, tmp
     common = ["--model", tmp_path / "still", "--dataset", data / "texts", "--ba_m", 2]
     verdict = finetune(*common)
     assert "inactive (p=0)" in verdict.error
+    assert "holds no whole checkpoint" in finetune(*common, "--resume_from_checkpoint", "last").error
     assert verdict.error.split("\n")[-1].startswith("error: identical copies are refused; give a model whose config")
-    assert finetune(*common, "--allow_identical_copies", "true", out="allowed").status == 0
+    assert finetune(*common, "--allow_identical_copies", "true").status == 0  # nothing is in the way
+
+
+def test_what_the_first_batch_shows_is_refused_in_one_line_too(models, data, finetune, tmp_path):
+    mixtral().save_pretrained(tmp_path / "experts")
+    word_tokenizer().save_pretrained(tmp_path / "experts")
+    common = ["--model", tmp_path / "experts", "--dataset", data / "texts", "--ba_m", 3]
+    verdict = finetune(*common, "--copies_per_pass", 2)
+    assert verdict.error.startswith("error: a part of the loss does not divide by num_items_in_batch")
+    assert verdict.error.endswith("but copies_per_pass is 2; set copies_per_pass=3")
+    assert "\n" not in verdict.error
+    assert finetune(*common).status == 0
+
+
+def test_a_draw_without_a_stream_is_refused_in_one_line(models, data, finetune, monkeypatch):
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", with_a_permutation(GPT2LMHeadModel.forward))
+    common = ["--model", models / "gpt2", "--dataset", data / "texts", "--ba_m", 2]
+    verdict = finetune(*common, "--reproducible_copies", "true")
+    assert re.match("error: .*randperm.* train without reproducible copies$", verdict.error), verdict.error
+
+
+def with_a_permutation(forward):
+    @functools.wraps(forward)
+    def drawn(self, input_ids, **kwargs):
+        if self.training:
+            torch.randperm(len(input_ids))
+        return forward(self, input_ids, **kwargs)
+
+    return drawn
 
 
 def test_a_head_for_other_classes_is_made_anew_and_said(models, data, finetune, tmp_path):

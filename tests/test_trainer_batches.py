@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, DataCollatorWithFlattening, Trai
 
 from seqba.trainer import BatchAugmentationTrainer
 from seqba.trainer_batch import count_items, is_packed, take_copies
-from tiny_models import FAMILIES, batch_for, gradients
+from tiny_models import FAMILIES, batch_for, gradients, mixtral
 from trainers import Pad, Samples, arguments, assert_close, token_gradient, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect
 
@@ -312,19 +312,11 @@ def test_label_smoothing_of_an_encoder_decoder_without_decoder_inputs_is_refused
         trainer_gradients(tmp_path, FAMILIES["bart"](), Samples("bart", 3), settings=settings, ba_m=2)
 
 
-def mixture():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 61}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "attention_dropout": 0.2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=True, router_aux_loss_coef=0.001))
-
-
 def test_an_auxiliary_loss_keeps_all_copies_in_one_pass(tmp_path):
     data = Samples("llama", 3)
     with pytest.raises(ValueError, match=r"does not divide by num_items_in_batch.*set copies_per_pass=3"):
-        trainer_gradients(tmp_path, mixture(), data, ba_m=3, copies_per_pass=2)
-    model = mixture().eval()
+        trainer_gradients(tmp_path, mixtral(), data, ba_m=3, copies_per_pass=2)
+    model = mixtral().eval()
     model(**Pad()(data.rows)).loss.backward()
     want = gradients(model)
     model.zero_grad()

@@ -20,6 +20,8 @@ from transformers import (
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
     T5Config,
@@ -90,6 +92,23 @@ def llama(dropout: float = 0.2, **more: Any) -> nn.Module:
         **more,
     )
     return LlamaForCausalLM(config)
+
+
+def mixtral(dropout: float = 0.2) -> nn.Module:
+    """A mixture of experts whose loss has an auxiliary part."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        attention_dropout=dropout,
+        output_router_logits=True,
+        router_aux_loss_coef=0.001,
+    )
+    return MixtralForCausalLM(config)
 
 
 def mbart(dropout: float = 0.2) -> nn.Module:

@@ -16,6 +16,14 @@ from tasks.options import OptionParser, option
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
 TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
 
+# Options that mean something to some tasks only.
+_OF_TASKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("source_column", "target_column", "source_lang", "target_lang", "source_code", "target_code",
+                     "source_prefix", "num_beams", "length_penalty"), (SEQ2SEQ,)),
+    "text_column": (CAUSAL, CLASSIFICATION),
+    **dict.fromkeys(("text_pair_column", "label_column"), (CLASSIFICATION,)),
+}  # fmt: skip
+
 # What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
 _FROM_NOTHING: dict[str, Any] = {
     "learning_rate": 2e-3,
@@ -71,6 +79,8 @@ class FinetuningConfig:
             raise UserError(f"--max_length must be at least 2, got {self.max_length}")
         if self.num_beams < 1:
             raise UserError(f"--num_beams must be at least 1, got {self.num_beams}")
+        if not abs(self.length_penalty) < float("inf"):
+            raise UserError(f"--length_penalty must be finite, got {self.length_penalty}")
         if not 0 < self.valid_share < 1:
             raise UserError(f"--valid_share must be above 0 and below 1, got {self.valid_share}")
         if self.model is None and self.dataset is not None:
@@ -79,6 +89,20 @@ class FinetuningConfig:
             raise UserError("--source_column and --target_column name the two sides: give both, or neither")
         if self.source_column is not None and self.source_column == self.target_column:
             raise UserError(f"--source_column and --target_column are both {self.source_column}")
+
+    def check_task(self, task: str) -> None:
+        """Refuse options that `task` would not look at.
+
+        Raises:
+            UserError: it names the option and the tasks that it is of.
+        """
+        for named in fields(self):
+            tasks = _OF_TASKS.get(named.name, TASKS)
+            if task not in tasks and getattr(self, named.name) != named.default:
+                raise UserError(
+                    f"--{named.name} is an option of {' and '.join(tasks)}, and the task is {task}: leave it out, or "
+                    "name another --task"
+                )
 
 
 def parse_finetuning(
@@ -92,21 +116,24 @@ def parse_finetuning(
     parser = OptionParser(
         (FinetuningConfig, BatchAugmentationArguments, TrainingArguments),
         allow_abbrev=False,
-        description="Train a transformers model on a data set, with Batch Augmentation.",
+        description="Train a transformers model on a data set, with Batch Augmentation. Without --output_dir the run "
+        "folder is runs/finetune-MODEL-DATASET-mM-seedS.",
+        epilog="Without --model the defaults are those of a model that learns from nothing, with --model those of "
+        "TrainingArguments.",
     )
+    from_nothing = OptionParser.peek(argv, "--model") is None
+    max_steps = parser.get_default("max_steps")
     parser.set_defaults(
         output_dir=None,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
+        **(_FROM_NOTHING if from_nothing else {}),
     )
     named = parser.parse_known_options(argv)
     parser.set_defaults(output_dir=default_folder(named.model, named.dataset, named.task, named.ba_m, named.seed))
-    if named.model is None:
-        defaults = dict(_FROM_NOTHING)
-        if named.num_train_epochs != parser.get_default("num_train_epochs"):
-            del defaults["max_steps"]
-        parser.set_defaults(**defaults)
+    if from_nothing and named.num_train_epochs != parser.get_default("num_train_epochs"):
+        parser.set_defaults(max_steps=max_steps)
     if named.do_predict or (named.do_eval and not named.do_train):
         raise UserError("this script always trains and then evaluates; leave --do_train, --do_eval, --do_predict out")
     try:
@@ -137,9 +164,9 @@ def as_json(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args:
         for option in fields(args)
         if option.init and option.default is not MISSING and getattr(args, option.name) != option.default
     }
-    return {**asdict(config), **asdict(ba_args), "training": {name: _plain(value) for name, value in changed.items()}}
+    return {**asdict(config), **asdict(ba_args), "training": {name: as_plain(value) for name, value in changed.items()}}
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """As JSON can hold it: transformers' enumerations by their values."""
-    return value if isinstance(value, (int, float, list, type(None))) else str(getattr(value, "value", value))
+    return value if isinstance(value, (int, float, list, dict, type(None))) else str(getattr(value, "value", value))

@@ -37,13 +37,21 @@ def token_nats_per_row(logits: Any, labels: Tensor, *, is_causal: bool) -> Tenso
 
     A causal model's logits at a position are for the next label.
     """
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = _with_rows(logits)
     if is_causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     nats = torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX
     )
     return torch.stack([nats.sum(1), (labels != IGNORE_INDEX).sum(1).to(nats)], dim=1)
+
+
+def _with_rows(outputs: Any) -> Tensor:
+    """The logits: alone, or first among the outputs but for an auxiliary loss, a single number (Mixtral)."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits: Tensor = next(x for x in outputs if isinstance(x, Tensor) and x.ndim > 1)
+    return logits
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
@@ -55,7 +63,7 @@ def perplexity(prediction: EvalPrediction) -> dict[str, float]:
 
 def correct_per_row(logits: Any, labels: Tensor) -> Tensor:
     """(B, C), (B,) -> (B, 2): 1 where the highest logit is the label's, and 1."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = _with_rows(logits)
     correct = logits.argmax(-1) == labels
     return torch.stack([correct, torch.ones_like(correct)], dim=1).float()
 

@@ -13,37 +13,50 @@ from transformers import TrainingArguments
 
 from seqba.trainer_arguments import BatchAugmentationArguments
 from tasks.errors import RunError, make_folder
-from tasks.finetuning.config import FinetuningConfig
+from tasks.finetuning.config import FinetuningConfig, as_plain
 from tasks.metrics import write_json
 
 RESULTS, OPTIONS = "results.json", "options.json"
 LAST = "last"
+_LAST = (LAST, "true", "True")
 
 # what a resumed run may change: nothing that reaches the weights
 _MAY_DIFFER = ("num_beams", "length_penalty", "cache_dir", "copies_per_pass", "allow_identical_copies")
+
+# options of transformers that do reach them, as versions of it name them
+_TRAINING = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "ignore_data_skip", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32",
+)  # fmt: skip
 
 
 def prepare_folder(args: TrainingArguments, say: Callable[[str], None]) -> str | None:
     """Make the run folder, or find the checkpoint in it that was asked for.
 
     Returns:
-        The checkpoint to go on from: the one named, or with "last" the newest that is whole; None for a new run.
+        The checkpoint to go on from: the one named (of this folder or another), or with "last" the newest here that
+        is whole; None for a new run.
 
     Raises:
-        RunError: the folder holds a run already, cannot be written, or there is no such checkpoint.
+        RunError: the folder holds another run, cannot be written, or there is no such checkpoint.
     """
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     make_folder(folder, remedy="name another folder with --output_dir")
-    if asked is None:
-        held = [path.name for path in folder.iterdir() if path.name in (RESULTS, OPTIONS, "config.json")]
-        held += [path.name for path in folder.glob("checkpoint-*")]
-        if held:
+    if asked is None or (asked not in _LAST and Path(asked).resolve().parent != folder.resolve()):
+        held = [path.name for path in folder.iterdir() if path.name in (RESULTS, "config.json")]
+        checkpoints = [path.name for path in folder.glob("checkpoint-*")]
+        if held or checkpoints:
+            go_on = f"go on with it by --resume_from_checkpoint {LAST}, " if checkpoints else ""
             raise RunError(
-                f"{folder} already holds a run ({min(held)}): go on with it by --resume_from_checkpoint {LAST}, name "
-                "another folder with --output_dir, or remove it first"
+                f"{folder} already holds a run ({min(held + checkpoints)}): {go_on}name another folder with "
+                "--output_dir, or remove it first"
             )
+    if asked is None:
         return None
-    if asked not in (LAST, "true", "True"):
+    if asked not in _LAST:
         if trouble := _trouble(Path(asked)):
             raise RunError(f"--resume_from_checkpoint {asked} {trouble}")
         return str(asked)
@@ -55,27 +68,39 @@ def prepare_folder(args: TrainingArguments, say: Callable[[str], None]) -> str |
     raise RunError(f"--resume_from_checkpoint {LAST}: {folder} holds no whole checkpoint; leave the option out")
 
 
-def keep_options(folder: Path, config: FinetuningConfig, ba_args: BatchAugmentationArguments) -> None:
+def keep_options(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments) -> None:
     """Write down the options that make a run what it is."""
-    write_json(folder / OPTIONS, _options(config, ba_args))
+    write_json(Path(args.output_dir, OPTIONS), _options(config, ba_args, args))
 
 
-def check_same_options(folder: Path, config: FinetuningConfig, ba_args: BatchAugmentationArguments) -> None:
-    """Compare the options of a resumed run with those that it began with.
+def check_same_options(
+    checkpoint: str,
+    config: FinetuningConfig,
+    ba_args: BatchAugmentationArguments,
+    args: TrainingArguments,
+    say: Callable[[str], None],
+) -> None:
+    """Compare the options of a resumed run with those that the run of the checkpoint began with.
 
     Raises:
         RunError: they differ; the message names them.
     """
-    file, options = folder / OPTIONS, _options(config, ba_args)
-    kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    folder = Path(checkpoint).absolute().parent
+    file, options = folder / OPTIONS, _options(config, ba_args, args)
+    if not file.is_file():
+        say(f"{folder} has no {OPTIONS}: whether that run had the same options cannot be told")
+        return
+    kept = json.loads(file.read_text("utf-8"))
     if other := [name for name in options if name in kept and kept[name] != options[name]]:
         said = ", ".join(f"--{name} {kept[name]} there and {options[name]} here" for name in other)
-        raise RunError(f"{folder} holds a run with other options ({said}); give the same, or another --output_dir")
+        raise RunError(f"{folder} holds a run with other options ({said}); give the same, or begin a new run")
 
 
-def _options(config: FinetuningConfig, ba_args: BatchAugmentationArguments) -> dict[str, Any]:
+def _options(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments) -> dict[str, Any]:
     named = {**asdict(config), **asdict(ba_args)}
-    return {name: value for name, value in named.items() if name not in _MAY_DIFFER}
+    chosen = {name: value for name, value in named.items() if name not in _MAY_DIFFER}
+    training = {name: as_plain(getattr(args, name)) for name in _TRAINING if hasattr(args, name)}
+    return {**chosen, **training, "num_processes": args.world_size}
 
 
 def _trouble(folder: Path) -> str | None:

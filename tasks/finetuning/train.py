@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from seqba.audit import IdenticalCopiesError
+from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
 from tasks.errors import UserError, identical_copies
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
@@ -35,7 +36,8 @@ def finetune(
     """Load, train, evaluate, and leave the model with its tokenizer and `results.json` in the run folder.
 
     Raises:
-        UserError: options, model, data or the run folder cannot be used; nothing has been trained then.
+        UserError: options, model, data or the run folder cannot be used, which shows before or on the first update; or
+            a loss that is not finite ends the run, whose earlier checkpoints are kept.
     """
     folder = Path(args.output_dir)
 
@@ -45,7 +47,7 @@ def finetune(
 
     checkpoint = prepare_folder(args, say)
     if checkpoint is not None:
-        check_same_options(folder, config, ba_args)
+        check_same_options(checkpoint, config, ba_args, args, say)
     set_seed(args.seed)
 
     # ---- data and model
@@ -80,12 +82,14 @@ def finetune(
         f"{model.num_parameters():,} parameters, M = {ba_args.ba_m}, {args.world_size} process(es), {threads} threads "
         f"on {args.device}"
     )
-    if checkpoint is None and trainer.is_world_process_zero():
-        keep_options(folder, config, ba_args)
+    if trainer.is_world_process_zero():
+        keep_options(config, ba_args, args)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except IdenticalCopiesError as error:
         raise identical_copies(error, "a model whose config.json has a dropout above 0") from error
+    except (UnsupportedError, StreamError) as error:
+        raise UserError(str(error)) from error
 
     # ---- results
     check_weights(trainer)
@@ -111,10 +115,12 @@ def _load(
     """The task, its model and tokenizer, and the data, each checked against the others."""
     if config.model is None:
         task = task_of(config, None)
+        config.check_task(task)
         splits = load_splits(config, task, seed, say)
         return task, *generate_model(task, config.cache_dir, seed), splits
     model_config, tokenizer = load_config_and_tokenizer(config.model)
     task = task_of(config, model_config)
+    config.check_task(task)
     splits = load_splits(config, task, seed, say, known_classes=classes_of(model_config))
     return task, load_model(config, task, splits.classes, tokenizer, say), tokenizer, splits
 
