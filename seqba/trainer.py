@@ -17,11 +17,14 @@ Where this is not what a plain Trainer of transformers 5.17 to 5.24 does, alread
 - A causal model whose class name the Trainer does not know for one (GPT-2's): its plain count has one target a row
   too many, and the gradient is that much too small.
 - An update without any target: the plain loss is nan, here it is 0.
+- Several ranks, after `evaluate` or `predict`: accelerate takes the model for prepared and does not wrap it, so that
+  under a plain Trainer each rank trains by itself; here they train together.
 - Length-grouped sampling: the plain order of later epochs depends on how many numbers dropout drew, here it comes from
   (seed, epoch), so that neither M nor resuming moves it.
 - One process on several GPUs without a launcher (`nn.DataParallel`), DeepSpeed, FSDP, Megatron-LM, tensor, context
   and sequence parallelism: refused.
 
+An iterable data set is resumed in its first pass only, as by a plain Trainer, which cannot tell where later ones began.
 A plain Trainer's other choices hold: with `average_tokens_across_devices=False` every rank divides by its own targets.
 An auxiliary loss beside the token loss (mixtures of experts) is added once for every batch, so it takes fused passes.
 
@@ -55,7 +58,7 @@ from seqba.trainer_checks import (
 )
 from seqba.trainer_counters import BatchAugmentationCounters
 from seqba.trainer_loss import Divisor, LossForm, part_of_update
-from seqba.trainer_state import OrderOfEpoch, bookkeeping, generators_of_rank, replaced, restore
+from seqba.trainer_state import OrderOfEpoch, bookkeeping, generators_of_rank, replaced, restore, wrap_again
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -129,6 +132,7 @@ class BatchAugmentationMixin(_TrainerBase):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; what an earlier call found out about model and loss is found out again."""
         self._ba_run = self._ba_new_run()
+        wrap_again(self)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:

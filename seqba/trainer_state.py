@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.random_state import rng_state, set_rng_state
@@ -98,3 +99,14 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(item) for item in value.values())
     return isinstance(value, (list, tuple)) and all(_is_plain(item) for item in value)
+
+
+def wrap_again(trainer: Trainer) -> None:
+    """Have accelerate wrap the model for its ranks in spite of an earlier evaluation.
+
+    An evaluation marks the model as prepared without wrapping it, and a marked model is not wrapped for training: no
+    rank would hear of the others' gradients.
+    """
+    model = trainer.model
+    if trainer.accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):
+        vars(model).pop("_is_accelerate_prepared", None)

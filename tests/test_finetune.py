@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shutil
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from bad_input import call, contents
+from distributed import run_ranks
 from tasks.finetuning import generated
 from tasks.finetuning.config import parse_finetuning
 from tasks.finetuning.data import encode
@@ -150,18 +152,47 @@ def test_the_scores_are_those_of_independent_references(models, data, finetune, 
     assert results["test_bleu_decoding"] == "beam 2, log-probability / L^0.6"
     finetune("--model", models / "gpt2", "--dataset", data / "texts", out="causal")
     results = json.loads((tmp_path / "causal" / "results.json").read_text())["test"]
+    want = nats_per_token(tmp_path / "causal", rows["source"])
+    assert results["test_nats_per_token"] == pytest.approx(want, rel=1e-5)
+    assert results["test_perplexity"] == pytest.approx(math.exp(want), rel=1e-4)
+
+
+def nats_per_token(folder, texts):
+    """Of the GPT-2 in a run folder, each text by itself, without padding."""
     model, tokenizer = gpt2(), word_tokenizer()
-    model.load_state_dict(load_file(tmp_path / "causal" / "model.safetensors"), strict=False)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     model.tie_weights()
     nats = targets = 0
     with torch.no_grad():
-        for text in rows["source"]:  # one by one, without padding
+        for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids
             scores = model.eval()(ids).logits[0, :-1].log_softmax(-1)
             nats -= float(scores.gather(1, ids[0, 1:, None]).sum())
             targets += ids.shape[1] - 1
-    assert results["test_nats_per_token"] == pytest.approx(nats / targets, rel=1e-5)
-    assert results["test_perplexity"] == pytest.approx(float(torch.tensor(nats / targets).exp()), rel=1e-4)
+    return nats / targets
+
+
+TWO_RANKS = """
+import runpy, sys
+import torch
+from bad_input import SCRIPTS
+from distributed import report
+
+main = runpy.run_path(str(SCRIPTS / "finetune.py"))["main"]
+main()
+report(torch.distributed.get_world_size())
+"""
+
+
+def test_two_ranks_train_and_score_together(models, data, tmp_path):
+    options = ["--model", models / "gpt2", "--dataset", data / "texts", "--ba_m", 3, "--output_dir", tmp_path / "run"]
+    assert run_ranks(TWO_RANKS, 2, args=[*map(str, options), *TRAINING]) == [2, 2]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["counters"]["unique_samples"], results["counters"]["seen_instances"]) == (24, 72)  # 3 x 2 x 4
+    for name, seed in (("validation", 1), ("test", 2)):  # 6 and 7 rows, in batches of 5 a rank
+        want = nats_per_token(tmp_path / "run", split(7 if name == "test" else 6, seed)["source"])
+        found = next(value for key, value in results[name].items() if key.endswith("nats_per_token"))
+        assert found == pytest.approx(want, rel=1e-5)
 
 
 def test_the_accuracy_is_the_share_of_right_classes(models, data, finetune, tmp_path):

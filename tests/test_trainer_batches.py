@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import CLIPConfig, CLIPModel, DataCollatorWithFlattening, Trainer
 
 from seqba.trainer import BatchAugmentationTrainer
 from seqba.trainer_batch import count_items, is_packed, take_copies
 from tiny_models import FAMILIES, batch_for, gradients, mixtral
-from trainers import Pad, Samples, arguments, assert_close, token_gradient, trainer_gradients
+from trainers import Pad, Samples, Stream, arguments, assert_close, token_gradient, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect
 
 CPU = torch.device("cpu")
@@ -48,11 +47,6 @@ class Numbered(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-class NumberedStream(IterableDataset):
-    def __iter__(self):
-        return (Numbered(13)[n] for n in range(13))
-
-
 def pad_numbers(samples):
     batch = Pad()(samples)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
@@ -85,7 +79,7 @@ def rows_met(folder, data, num_copies, copies_per_pass="auto", **settings):
         (Numbered(13), {}),
         (Numbered(13), {"train_sampling_strategy": "group_by_length"}),
         (Numbered(13), {"gradient_accumulation_steps": 2}),
-        (NumberedStream(), {"max_steps": 8}),
+        (Stream(Numbered(13)), {"max_steps": 8}),
     ],
     ids=["shuffled", "grouped by length", "accumulated", "iterable"],
 )

@@ -15,6 +15,7 @@ from trainers import (
     QUICK_PLANS,
     Pad,
     Samples,
+    Stream,
     arguments,
     assert_close,
     batches_of,
@@ -56,6 +57,13 @@ def test_the_gradient_is_that_of_the_mean_token_loss(family, label_smoothing, ac
 @pytest.mark.parametrize(("label_smoothing", "accumulation"), list(itertools.product([0.0, 0.1], [1, 2])))
 def test_the_gradient_is_that_of_the_mean_token_loss_under_every_plan(family, label_smoothing, accumulation, tmp_path):
     check_law(family, EVERY_FAMILY[family](dropout=0.0), label_smoothing, accumulation, PLANS, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["marian", "llama"])
+def test_the_gradient_over_an_iterable_data_set_is_the_law_too(family, tmp_path):
+    model, data = FAMILIES[family](dropout=0.0), Samples(family, 5)
+    want = token_gradient(model, batches_of(data))
+    check_plans(tmp_path, model, Stream(data), want, settings={"gradient_accumulation_steps": 2, "max_steps": 1})
 
 
 @pytest.mark.trap(9)

@@ -13,6 +13,7 @@ from trainers import (
     IDENTICAL,
     Pad,
     Samples,
+    assert_close,
     batches_of,
     check_plans,
     token_gradient,
@@ -70,6 +71,31 @@ def test_a_loss_over_samples_is_their_mean_over_the_update(problem_type, tmp_pat
     want = gradients(model)
     model.zero_grad()
     check_plans(tmp_path, model, data, want, collator=PadLabelled(), settings=ACCUMULATED)
+
+
+def test_a_plain_trainer_adds_the_means_of_accumulated_batches_of_a_classifier(tmp_path):
+    num_labels, label, loss = TARGETS["single_label_classification"]
+    model, data = bert("single_label_classification", num_labels), Labelled(label, 5)
+    collate = PadLabelled()
+    for batch in batches_of(data, collate=collate):
+        labels = batch.pop("labels")
+        loss(model(**batch).logits, labels).backward()
+    check_plain(tmp_path, model, data, collate)
+
+
+def test_a_plain_trainer_averages_the_means_of_batches_where_the_loss_is_given_no_number_of_items(tmp_path):
+    model, data = Bare(shifts=False), Samples("bare", 5)
+    for batch in batches_of(data, collate=PadBare()):
+        (model(**batch)["loss"] / 2).backward()
+    check_plain(tmp_path, model, data, PadBare())
+
+
+def check_plain(folder, model, data, collator):
+    """The gradient of a plain Trainer is the one that the model has now."""
+    want = gradients(model)
+    model.zero_grad()
+    (got,) = trainer_gradients(folder, model, data, trainer_class=Trainer, collator=collator, settings=ACCUMULATED)
+    assert_close(got, want)
 
 
 def summed_over_items(outputs, labels, num_items_in_batch=None):

@@ -1,11 +1,15 @@
 """Making a trainer with copies: its options, `augment`, and what is refused before or at the first batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from seqba.audit import IdenticalCopiesError
+from seqba.errors import UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationMixin, BatchAugmentationTrainer, augment
 from tiny_models import FAMILIES, gpt2, gradients, llama, marian
 from trainers import Pad, Samples, arguments, assert_close, make, trainer_gradients
@@ -137,6 +141,25 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
     args._n_gpu = 2
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
         augment(Trainer(model=llama(), args=args), 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dimensions", "message"),
+    [
+        (DistributedType.DEEPSPEED, 1, "not supported under DEEPSPEED"),
+        (DistributedType.FSDP, 1, "not supported under FSDP"),
+        (DistributedType.MEGATRON_LM, 1, "not supported under MEGATRON_LM"),
+        (DistributedType.MULTI_GPU, 2, "not supported with tensor, context or sequence parallelism"),
+    ],
+)
+def test_ranks_that_share_a_model_or_a_batch_are_refused(kind, dimensions, message, tmp_path):
+    trainer = Trainer(model=llama(), args=arguments(tmp_path))
+    trainer.accelerator = SimpleNamespace(
+        distributed_type=kind, parallelism_config=SimpleNamespace(non_data_parallel_size=dimensions)
+    )
+    with pytest.raises(UnsupportedError, match=message):
+        augment(trainer, 2)
+    assert type(trainer) is Trainer
 
 
 def test_get_batch_samples_overridden_without_super_is_an_error_with_accumulation(tmp_path):

@@ -152,13 +152,15 @@ def test_a_shard_draws_its_own_numbers_from_every_generator_and_the_runs_own_go_
 
 
 OTHERS = """
-import logging, tempfile
+import copy, logging, tempfile
 import torch
 from accelerate import PartialState
 from distributed import report
 from test_trainer_run import SmallMemory
+from transformers import Trainer
+from seqba.trainer import BatchAugmentationTrainer
 from tiny_models import llama
-from trainers import Samples, Seen, make, trainer_gradients
+from trainers import Samples, Seen, Stream, make, trainer_gradients
 
 folder = tempfile.mkdtemp()
 torch.manual_seed(0)
@@ -178,7 +180,36 @@ evaluated = make(folder, model, ba_m=3, settings={"per_device_eval_batch_size": 
                  compute_metrics=lambda p: counts.append(len(p.predictions)) or {})
 evaluated.evaluate()
 predicted = evaluated.predict(Samples("llama", 13)).label_ids
+class Own(BatchAugmentationTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("seqba").addHandler(handler)
+kept = make(folder, model, Samples("llama", 6), trainer_class=Own, ba_m=4, allow_identical_copies=True)
+kept.train()
+logging.getLogger("seqba").removeHandler(handler)
+
+late_seen = Seen()  # the model was evaluated, by this trainer and by others
+late = make(folder, model, Samples("llama", 6), ba_m=4, callbacks=[late_seen], allow_identical_copies=True)
+late.evaluate()
+late.train()
+
+own_reader = {"dispatch_batches": False}  # by default accelerate sends rank 0's batches, all of one length
+streamed = trainer_gradients(folder, model, Stream(Samples("llama", 6)), ba_m=3, copies_per_pass=2,
+                             settings={"max_steps": 1, "accelerator_config": own_reader}, allow_identical_copies=True)
+dropping = llama(dropout=0.2)
+plain = [
+    trainer_gradients(folder, copy.deepcopy(dropping), Samples("llama", 12), settings={"learning_rate": 0.1},
+                      trainer_class=trainer_class)
+    for trainer_class in (Trainer, BatchAugmentationTrainer)
+]
 report({"counts": counts, "own": total(own),
+        "said": said, "kept": kept.counters.copies_per_pass, "shrinks": kept._ba_run.plan.may_shrink,
+        "streamed": total(streamed), "after_evaluation": total(late_seen.gradients),
+        "is_plain": all(torch.equal(one[name], other[name]) for one, other in zip(*plain) for name in one),
         "labels": [[int(label) for label in row if label != -100] for row in predicted],
         "short": total(seen.gradients),
         "copies_per_pass": trainer.counters.copies_per_pass,
@@ -211,3 +242,26 @@ def test_ranks_agree_on_a_plan_count_together_and_may_average_by_rank(other_find
         for got, want in zip([*rank["short"], *rank["own"]], [*updates, mean], strict=True):
             sums = torch.tensor([float(x.double().sum()) for x in want.values()])
             torch.testing.assert_close(torch.tensor(got), sums, rtol=1e-3, atol=1e-5)
+
+
+def test_auto_does_not_halve_around_a_loss_in_which_ranks_may_talk_and_says_so(other_findings):
+    for rank in other_findings:
+        assert (rank["kept"], rank["shrinks"]) == (4, False)
+        (said,) = (text for text in rank["said"] if "compute_loss" in text)
+        assert said.startswith("Own has a compute_loss of its own, in which ranks may talk to each other")
+
+
+@pytest.mark.trap(9)
+@pytest.mark.parametrize("how", ["streamed", "after_evaluation"])
+def test_two_ranks_give_the_same_gradient_over_an_iterable_data_set_and_after_an_evaluation(how, other_findings):
+    torch.manual_seed(0)
+    model = EVERY_FAMILY["llama"](dropout=0.0)
+    want = token_gradient(model, [Pad()(Samples("llama", 6).rows)])
+    sums = torch.tensor([float(x.double().sum()) for x in want.values()])
+    for rank in other_findings:
+        (got,) = rank[how]
+        torch.testing.assert_close(torch.tensor(got), sums, rtol=1e-3, atol=1e-5)
+
+
+def test_one_copy_on_two_ranks_is_bitwise_a_plain_trainer(other_findings):
+    assert [rank["is_plain"] for rank in other_findings] == [True, True]

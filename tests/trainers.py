@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from seqba.trainer import BatchAugmentationTrainer
@@ -38,6 +38,16 @@ class Samples(Dataset):
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         return dict(self.rows[n])
+
+
+class Stream(IterableDataset):
+    """The same samples without a length or a number of their own."""
+
+    def __init__(self, data: Samples) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.data[n] for n in range(len(self.data)))
 
 
 ENCODER_DECODERS = {*SEQ2SEQ, *OTHER_ENCODER_DECODERS}
