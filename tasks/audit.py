@@ -1,5 +1,6 @@
 """The mask audit of a saved transformers model, or of a configuration with random weights, on a random batch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from seqba.audit import MaskAudit, audit_masks
 from tasks.errors import UserError
+from tasks.options import check_least, option
 
 # By which head a configuration without `architectures` gets its model, the first that its family has. The last
 # column says when: encoders have a causal head in transformers too, but are not trained by it.
@@ -22,26 +24,32 @@ _HEADS = (
 )
 
 
-def audit_model(path: str, *, batch_size: int, length: int, num_copies: int, seed: int = 0) -> MaskAudit:
+@dataclass(frozen=True)
+class AuditConfig:
+    """The sizes of an audit, options of `scripts/audit_masks.py`."""
+
+    batch_size: int = option(4, "B, samples before repetition")
+    length: int = option(16, "tokens a sample, of text models")
+    num_copies: int = option(4, "M; more give a sharper estimate of the variance")
+
+    def __post_init__(self) -> None:
+        check_least(self, {"batch_size": 1, "length": 2, "num_copies": 2})  # copies are compared
+
+
+def audit_model(path: str, config: AuditConfig, *, seed: int = 0) -> MaskAudit:
     """Load a model, make a batch that it takes, and audit it.
 
     Args:
         path: a model folder (its weights are loaded where it has any), or a config.json, in it or alone.
-        batch_size: B.
-        length: S, tokens a sample, of a text model.
-        num_copies: M.
+        config: B, S and M.
         seed: of random weights and of the batch.
 
     Raises:
-        UserError: the path, the model's kind or a size cannot be used.
+        UserError: the path or the model's kind cannot be used, or the model takes no text of that length.
     """
-    if batch_size < 1 or length < 2:
-        raise UserError(f"a batch needs a sample and two tokens at least, got {batch_size} samples of {length} tokens")
-    if num_copies < 2:
-        raise UserError(f"copies are compared, so there must be 2 of them at least, got {num_copies}")
     torch.manual_seed(seed)
     model = load_model(Path(path))
-    return audit_masks(model, random_batch(model, batch_size, length), num_copies)
+    return audit_masks(model, random_batch(model, config.batch_size, config.length), config.num_copies)
 
 
 def load_model(path: Path) -> nn.Module:

@@ -332,3 +332,5 @@ def test_what_cannot_be_audited_is_refused():
         audit_masks(nn.Dropout(0.5), x(), 1)
     with pytest.raises(ValueError, match="nothing to repeat"):
         audit_masks(nn.Dropout(0.5), {"scale": 2.0})
+    with pytest.raises(TypeError, match="sparse"):
+        audit_masks(nn.Dropout(0.5), {"input": x().to_sparse()})

@@ -38,6 +38,7 @@ def test_shares_of_a_product_count_the_interaction_twice(p):
     want = v * (1 + v) / ((1 + v) ** 2 - 1)
     assert [operation.variance_share for operation in audit.operations] == pytest.approx([want, want], rel=0.05)
     assert 2 * want > 1
+    assert "may add up to more than 100 %" in str(audit)
 
 
 def test_shares_of_a_time_major_batch_are_cut_along_its_sample_axis():
@@ -72,6 +73,8 @@ def test_shares_are_not_guessed_where_they_cannot_be_measured():
     assert "the same for all copies" in unused.variance_note
     as_asked = audit_masks(Apply(nn.Dropout(0.5)), x(), measure_variance=False)
     assert (only(as_asked).scope, only(as_asked).variance_share) == (PER_COPY, None)
+    for audit in (permuted, no_rows, unused, as_asked, audit_masks(nn.Dropout(0.0), x())):
+        assert "100 %" not in str(audit)
 
 
 def test_rows_that_are_not_copy_major_where_they_are_drawn_are_not_measured():

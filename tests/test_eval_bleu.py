@@ -14,7 +14,8 @@ from bad_input import call
 from tasks.errors import UserError
 from tasks.translation import evaluate as evaluation
 from tasks.translation.decode import Decoding
-from tasks.translation.eval_config import EvaluationConfig, evaluation_option_names, parse_evaluation
+from tasks.translation.eval_config import EvaluationConfig, parse_evaluation
+from tasks.translation.hypotheses import hypothesis_files
 from tasks.translation.metric import paired_bootstrap
 from tiny_models import SEQ2SEQ, VOCABULARY, bart, gpt2
 from word_tokenizer import copying_model, sentences, word_tokenizer
@@ -111,6 +112,30 @@ def test_test_sets_are_scored_apart_packed_or_not_and_systems_are_compared(model
     compared = paired_bootstrap(lines, REFERENCES, num_samples=20, seed=7)
     assert results["tests"]["test"]["paired_bootstrap"] == [vars(score) for score in compared]
     assert all(part in verdict.stdout for part in ("seed:7", "bs:20", "run-t5", "baseline"))
+
+
+def test_test_sets_of_any_name_have_files_of_their_own(models, tmp_path, run_script):
+    for name in ("a b", "a:b"):
+        write_lines(tmp_path / f"{name}.en", SOURCES[:2])
+        write_lines(tmp_path / f"{name}.de", REFERENCES[:2])
+    out = tmp_path / "out"
+    prefixes = [tmp_path / "a b", tmp_path / "a:b"]
+    verdict = run_script("--model", models["bart"], "--test-prefix", *prefixes, "--output-dir", out, "--cpu")
+    assert verdict.status == 0, verdict.error
+    tests = json.loads((out / "results.json").read_text())["tests"]
+    files = {name: test["systems"]["run-bart"]["file"] for name, test in tests.items()}
+    assert files == {"a b": "hyp.run-bart.a_b.txt", "a:b": "hyp.run-bart.a_b-2.txt"}
+    assert {path.name for path in out.glob("hyp.*")} == set(files.values())
+
+
+def test_file_names_are_safe_distinct_and_in_order():
+    names = ["wmt16:test", "test", "x/test", "x\\test", "x_test-2", "X:TEST", "ä?*\n", "..", "", "d/" * 300 + "end"]
+    files = hypothesis_files(names)
+    assert files[:2] == ["hyp.wmt16_test.txt", "hyp.test.txt"]
+    assert len({file.lower() for file in files}) == len(names)
+    assert all(re.fullmatch(r"hyp\.[A-Za-z0-9._-]*\.txt", file) for file in files)
+    assert all(len(file) < 255 for file in files)
+    assert files[-1].endswith("_end.txt")
 
 
 def test_a_line_end_inside_a_translation_becomes_a_space_and_is_counted(tmp_path, run_script):
@@ -319,10 +344,6 @@ def test_a_bad_option_is_named_with_its_limit(argv, message):
 
 
 def test_every_option_has_help_and_dashes_and_underscores_are_both_taken():
-    assert {"--model", "--source", "--reference", "--test-prefix", "--output-dir", "--num-beams", "--length-penalty",
-            "--length-penalty-kind", "--mc-dropout", "--num-samples-bootstrap", "--seed", "--cpu"} <= set(
-        evaluation_option_names()
-    )  # fmt: skip
     assert all(len(option.metadata["help"]) > 15 for option in dataclasses.fields(EvaluationConfig))
     text = ["--model", "a", "--test-prefix", "p"]
     assert parse_evaluation([*text, "--mc_dropout", "3"]) == parse_evaluation([*text, "--mc-dropout", "3"])

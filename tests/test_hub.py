@@ -1,6 +1,10 @@
+import json
+
 import datasets
 import pytest
 
+from bad_input import OPTIONS, call
+from tasks.translation.corpus import generate_corpus
 from tasks.translation.hub import read_dataset
 from tasks.translation.prepare import read_sources, unique_names
 from tasks.translation.text import DataError, ParallelText, clean
@@ -71,3 +75,29 @@ def test_names_are_short_where_that_is_clear():
 def test_what_cannot_be_read_is_named_with_what_there_is(folders, source, langs, message):
     with pytest.raises(DataError, match=message):
         read_dataset("datasets:" + source.format(folders), *langs.split())
+
+
+def test_the_wmt16_preset_trains_on_a_data_set_in_its_layout_to_a_bleu(tmp_path, monkeypatch, capsys):
+    corpus = generate_corpus(train=300, valid=20, test=8)
+    names = {"train": "train", "valid": "validation", "test": "test"}
+    rows = {
+        names[split]: [{"de": de, "en": en} for en, de in zip(text.source, text.target, strict=True)]
+        for split, text in corpus.items()
+    }
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"translation": pairs}) for split, pairs in rows.items()}
+    ).save_to_disk(tmp_path / "wmt16" / "de-en")
+    text = [f"datasets:{tmp_path / 'wmt16'}:de-en:{split}" for split in names.values()]
+    sources = zip(("--train-prefix", "--valid-prefix", "--test-prefix"), text, strict=True)
+    places = [*(word for pair in sources for word in pair), "--cache-dir", tmp_path / "cache"]
+    argv = ["--preset", "transformer-base-wmt16", *OPTIONS, *places, "--output-dir", tmp_path / "run"]
+    verdict = call("train_wmt.py", argv, monkeypatch, capsys)
+    assert verdict.status == 0, verdict.error
+    assert "training text: dropped " in verdict.stdout  # the preset's own --max-length-ratio 1.5
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    test = results["tests"]["wmt16:test"]
+    assert f"test wmt16:test: BLEU {test['bleu']:.2f}" in verdict.stdout
+    assert test["file"] == "hyp.wmt16_test.txt"
+    assert (tmp_path / "run" / test["file"]).read_text("utf-8").count("\n") == 8
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["preset"], config["lr_scale"], config["max_length_ratio"]) == ("transformer-base-wmt16", 1.0, 1.5)

@@ -51,14 +51,15 @@ def audit_masks(
             `model(*batch)` for a tuple or list, `model(batch)` otherwise.
         dim: the batch's sample axis, as in `repeat_batch`.
         measure_variance: also measure each operation's total effect on the variance over copies of the first
-            floating-point output with rows (`seqba.audit.variance` has the definition): four forward passes more
-            for each row of the table, and five.
+            floating-point output with rows (`seqba.audit.variance` has the definition; the shares may add up to
+            more than 100 %): five forward passes more, and four for each `per copy` row of the table.
 
     Returns:
         The audit; `print` shows it as a table.
 
     Raises:
         ValueError: `num_copies` is below 2, or the batch cannot be repeated.
+        TypeError: the batch holds what cannot be repeated: a `PackedSequence`, nested or sparse tensor.
 
     >>> import torch
     >>> layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.Linear(8, 5), nn.Dropout(0.0))
@@ -69,6 +70,8 @@ def audit_masks(
     ------  -------  ---  -----  --------------  --------
     1       dropout  0.1      1  per copy         100.0 %
     3       dropout  0        1  inactive (p=0)
+    <BLANKLINE>
+    Shares of the variance: total effects, each with its interactions, so that they may add up to more than 100 %.
     <BLANKLINE>
     The copies differ.
     """

@@ -9,6 +9,7 @@ from typing import Any
 PER_COPY = "per copy"
 SHARED = "shared"
 INACTIVE = "inactive"
+_TOTAL_EFFECTS = "total effects, each with its interactions, so that they may add up to more than 100 %"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Operation:
         calls: its draws in one forward pass of all copies; for an inactive one, how often it was called. Draws of
             Python's and numpy's generators are counted by the places between two module calls in which they fell.
         variance_share: its total-effect share of the output's variance over the copies, 0 to 1: 0 where draws are
-            shared or inactive, None where it was not measured. Shares need not add up to 1.
+            shared or inactive, None where it was not measured. Shares may add up to more than 1.
         reason: why it is inactive (`p=0`, `eval mode`), empty otherwise.
     """
 
@@ -93,6 +94,10 @@ class MaskAudit:
             return f"The copies of one pass are identical: every draw is shared by them ({shared})."
         return "The copies differ" + (f"; shared by the copies of a pass: {shared}." if shared else ".")
 
+    @property
+    def _has_shares(self) -> bool:
+        return any(one.scope == PER_COPY and one.variance_share is not None for one in self.operations)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON values."""
         return {
@@ -115,8 +120,8 @@ class MaskAudit:
         if self.operations:
             head = ("module", "kind", "p", "calls", "draws", "variance")
             lines += [*_aligned([head, *(_cells(operation) for operation in self.operations)]), ""]
-        if self.variance_note:
-            lines += [f"Shares of the variance: {self.variance_note}.", ""]
+        if note := self.variance_note or (_TOTAL_EFFECTS if self._has_shares else ""):
+            lines += [f"Shares of the variance: {note}.", ""]
         return "\n".join([*lines, self.verdict])
 
 
@@ -147,7 +152,7 @@ def check_copies_differ(audit: MaskAudit, allow_identical_copies: bool = False) 
     Raises:
         IdenticalCopiesError: nothing is random; the message holds the table and the reason.
     """
-    if allow_identical_copies or audit.num_copies == 1 or audit.copies_differ:
+    if allow_identical_copies or audit.copies_differ:
         return
     if not audit.any_random:
         raise IdenticalCopiesError(audit)

@@ -1,15 +1,14 @@
 """The options of a translation run, and the presets: named values that any option overrides."""
 
 import os
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tasks.errors import UserError
 from tasks.options import OptionParser, check_least, flag, option
 from tasks.translation.hub import describe
-from tasks.translation.presets import PRESETS, TEXTS, text_of_preset
+from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
 
 _LEAST = {
     "ba_m": 1, "max_tokens": 1, "accumulation": 1, "max_updates": 1, "warmup_updates": 1, "num_proc": 1, "num_beams": 1,
@@ -147,10 +146,12 @@ class TranslationConfig:
     @property
     def folder(self) -> str:
         """The run folder."""
-        if self.preset in TEXTS:
+        if self.is_generated:
+            text = "generated"
+        elif is_text_of_preset(self.preset, self.train_prefix):
             text = self.preset
         else:
-            text = "generated" if self.is_generated else describe(self.train_prefix[0]).replace(":", "-")
+            text = describe(self.train_prefix[0]).replace(":", "-")
         return self.output_dir or f"runs/translation-{text}-m{self.ba_m}-seed{self.seed}"
 
 
@@ -187,30 +188,25 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
     Raises:
         UserError: a value out of range, or an unknown preset; the message names the option.
     """
-    parser = OptionParser(TranslationConfig, allow_abbrev=False, description="Train a translation model.")
-    named = parser.parse_known_options(argv)
-    if named.preset not in PRESETS:
-        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {named.preset}")
-    parser.set_defaults(**PRESETS[named.preset], **_text_of(named))
+    preset = OptionParser.peek(argv, "--preset")
+    preset = TranslationConfig.preset if preset is None else preset
+    if preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
+    own_text = any(OptionParser.peek(argv, name) for name in ("--train-prefix", "--train_prefix"))
+    text = {} if own_text else TEXTS.get(preset, {})
+    parser = OptionParser(
+        TranslationConfig,
+        allow_abbrev=False,
+        description=f"Train a translation model. Defaults are those of --preset {preset}.",
+    )
+    parser.set_defaults(**PRESETS[preset], **text)
+    named = parser.parse_known_options(argv)  # --help ends here
+    if text:
+        parser.set_defaults(**text_of_preset(preset, named.data_dir or os.environ.get("SEQBA_DATA")))
     (config,) = parser.parse_args_into_dataclasses(argv)
     return config
-
-
-def _text_of(named: Namespace) -> dict[str, Any]:
-    if named.preset not in TEXTS or named.train_prefix:  # text of the user's own
-        return {}
-    return text_of_preset(named.preset, named.data_dir or os.environ.get("SEQBA_DATA"))
 
 
 def as_json(config: TranslationConfig) -> dict[str, Any]:
     """All options, for `config.json`."""
     return asdict(config)
-
-
-def option_names() -> list[str]:
-    """Every option as it is written on the command line.
-
-    >>> "--ba-m" in option_names()
-    True
-    """
-    return [flag(option.name) for option in fields(TranslationConfig)]

@@ -7,8 +7,8 @@ minutes and compositional, so that a few thousand pairs leave room for regularis
 
 from collections.abc import Sequence
 
-from tasks.translation.lexicon import Pair, dictionary
-from tasks.translation.sentences import Speaker, capitalised
+from tasks.translation.lexicon import Pair
+from tasks.translation.sentences import Speaker
 from tasks.translation.text import ParallelText
 
 MAX_SENTENCES = 200_000  # drawn distinct for several seeds without slowing down; the grammar holds millions
@@ -68,26 +68,3 @@ def _distinct_pairs(speaker: Speaker, total: int) -> list[Pair]:
 
 def _text(pairs: Sequence[Pair]) -> ParallelText:
     return ParallelText([pair.english for pair in pairs], [pair.german for pair in pairs])
-
-
-def translate_word_by_word(sentence: str) -> str:
-    """The dictionary baseline: each English word by its best single German word, in English order.
-
-    Args:
-        sentence: an English sentence of the corpus; punctuation stays on its word.
-
-    Returns:
-        German words, capitalised at the start; a word outside the dictionary is left as it is.
-
-    >>> translate_word_by_word("Today she calls the old man.")
-    'Heute sie anruft der alte Mann.'
-    """
-    return capitalised(" ".join(_translated(word) for word in sentence.split()))
-
-
-_DICTIONARY = dictionary()
-
-
-def _translated(word: str) -> str:
-    bare = word.rstrip(",.?")
-    return _DICTIONARY.get(bare.lower(), bare) + word[len(bare) :]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from tasks.errors import UserError
-from tasks.options import OptionParser, check_least, flag, option
+from tasks.options import OptionParser, check_least, option
 from tasks.translation.config import PRECISIONS
 from tasks.translation.decode import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
 
@@ -109,12 +109,3 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluationConfig:
     parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
     (config,) = parser.parse_args_into_dataclasses(argv)
     return config
-
-
-def evaluation_option_names() -> list[str]:
-    """Every option as it is written on the command line.
-
-    >>> "--mc-dropout" in evaluation_option_names()
-    True
-    """
-    return [flag(option.name) for option in fields(EvaluationConfig)]

