@@ -113,7 +113,7 @@ def count_samples(batch: object, dim: int = 0) -> int | None:
     named: int | None = None
     sizes: dict[int, str] = {}
     for path, leaf in _tensor_leaves(batch, "batch"):
-        size = leaf.shape[min(dim, leaf.ndim - 1)]
+        size = leaf.size(min(dim, leaf.ndim - 1))  # a nested tensor has no shape
         if path.rsplit(".", 1)[-1] in _SIZE_KEYS and leaf.ndim > dim:
             named = size if named is None or path.endswith(_SIZE_KEYS[0]) else named
         sizes.setdefault(size, path)
@@ -135,7 +135,7 @@ def largest_tensor(batch: object) -> tuple[int, int]:
     (15, 7)
     """
     leaves = [leaf for _, leaf in _tensor_leaves(batch, "batch")]
-    sides = [side for leaf in leaves for side in leaf.shape]
+    sides = [side for leaf in leaves if _is_dense(leaf) for side in leaf.shape]
     return max((leaf.numel() for leaf in leaves), default=0), max(sides, default=0)
 
 
@@ -157,7 +157,11 @@ def _children(x: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _has_rows(x: Tensor) -> bool:
-    return x.is_nested or x.layout != torch.strided or x.ndim > 0
+    return not _is_dense(x) or x.ndim > 0
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +185,7 @@ class _Repeater:
         return self.rebuild(x, [self.visit(child, name) for name, child in children])
 
     def tensor(self, x: Tensor, path: str) -> Tensor:
-        if x.is_nested or x.layout != torch.strided:
+        if not _is_dense(x):
             raise TypeError(f"{path} is a nested or sparse tensor; repeat_batch takes dense (strided) tensors")
         dim = min(self.dim, x.ndim - 1)
         if x.shape[dim] != self.num_samples:
@@ -201,11 +205,7 @@ class _Repeater:
         if not tensors:
             scalars = any(isinstance(item, Tensor) for item in x)
             return self.num_samples is None or (scalars and len(x) != self.num_samples)
-        fits = all(
-            not (leaf.is_nested or leaf.layout != torch.strided)
-            and leaf.shape[min(self.dim, leaf.ndim - 1)] == self.num_samples
-            for leaf in tensors
-        )
+        fits = all(_is_dense(leaf) and leaf.shape[min(self.dim, leaf.ndim - 1)] == self.num_samples for leaf in tensors)
         return fits or len(x) != self.num_samples
 
     def items(self, x: list | tuple, path: str) -> list | tuple:

@@ -9,6 +9,7 @@ from transformers import BatchEncoding, DataCollatorForLanguageModeling, DataCol
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from seqba import BatchAugmentationCollator, copy_ids, fold, repeat_batch, unfold
+from seqba.repeat import largest_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,15 @@ def test_tensors_whose_rows_cannot_be_repeated_are_refused_by_name():
         repeat_batch({"labels": torch.ones(2), "x": packed}, 2)
     with pytest.raises(TypeError, match=r"batch\.x is a nested or sparse"):
         repeat_batch({"labels": torch.ones(2), "x": torch.eye(2).to_sparse()}, 2)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+    with pytest.raises(TypeError, match=r"batch\.x is a nested or sparse"):
+        repeat_batch({"x": nested}, 2)
+    assert largest_tensor({"x": nested, "y": torch.ones(2, 5)}) == (18, 5)
 
 
 def test_unfold_refuses_a_size_that_is_no_multiple():
