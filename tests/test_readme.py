@@ -1,0 +1,59 @@
+"""README.md: its names and options exist, and what it shows as code runs."""
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import seqba
+from bad_input import SCRIPTS
+from tiny_models import llama
+from trainers import Pad, Samples
+
+README = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+OWN_LOOP = README.partition("## In your own loop")[2].partition("\n## ")[0]
+
+
+def help_of(script, *argv):
+    main = runpy.run_path(str(SCRIPTS / script))["main"]
+    before, out = sys.argv, io.StringIO()
+    sys.argv = [script, *argv, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main()
+    finally:
+        sys.argv = before
+    return out.getvalue()
+
+
+def test_every_option_is_one_of_the_scripts():
+    scripts = [(name,) for name in ("train_wmt.py", "eval_bleu.py", "finetune.py", "audit_masks.py", "benchmark.py")]
+    scripts += [("benchmark.py", "translation"), ("benchmark.py", "finetuning")]
+    known = set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert len(named) > 30
+    assert not named - known
+
+
+def test_every_name_in_the_table_of_the_library_is_there():
+    rows = [line for line in OWN_LOOP.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert len(names) > 20
+    for name in names:
+        assert hasattr(seqba, name.removeprefix("seqba.")), name
+
+
+def test_the_code_of_an_own_loop_runs_and_counts_the_targets_of_a_causal_model():
+    collate, loop = re.findall(r"```python\n(.*?)```", OWN_LOOP, re.DOTALL)
+    data, model = Samples("llama", 6), llama()
+    given = {"DataLoader": DataLoader, "data": data, "collate_fn": Pad()}
+    exec(collate, given)
+    assert next(iter(given["loader"]))["input_ids"].shape[0] == 4 * 6
+    given |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "plain_loader": [Pad()(data.rows)]}
+    exec(loop, given)
+    assert int(given["result"].num_targets) == 4 * sum(len(row["labels"]) - 1 for row in data.rows)
