@@ -1,4 +1,4 @@
-"""Time what a task costs, as ratios in one run: python scripts/benchmark.py translation [--rows trainer bare ...]."""
+"""Measure what a task costs, relatively: python scripts/benchmark.py translation [--rows trainer bare ...]."""
 
 import io
 import os

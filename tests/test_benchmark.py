@@ -1,20 +1,61 @@
 import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import time
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
 from bad_input import call
 from seqba.step import TrainStep
+from tasks.benchmark import compare
 from tasks.errors import UserError
 from tasks.finetuning import benchmark as finetuning
-from tasks.translation.benchmark import table
+from tasks.stream import Numbered
+from tasks.translation import prepare
+from tasks.translation.benchmark import decoding, table
 from tasks.translation.benchmark.config import ROWS, BenchmarkConfig
+from tasks.translation.benchmark.synthetic import Shape
 from tasks.translation.benchmark.trainer import TrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
+from tasks.translation.corpus import generate_corpus
 
 TINY = {"width": 16, "ffn_width": 24, "num_layers": 1, "num_heads": 2}
+
+
+class Clock:
+    """A `time.perf_counter` that goes on where a test says what takes time, and a microsecond at every reading."""
+
+    def __init__(self, monkeypatch):
+        self.now, self._monkeypatch = 0.0, monkeypatch
+        monkeypatch.setattr(time, "perf_counter", self)
+
+    def __call__(self):
+        self.now += 1e-6  # rates of what no test is about divide by its time
+        return self.now
+
+    def sets(self, owner, name, seconds):
+        """Let calls of `owner.name` take so long in all, or as long as `seconds` of their arguments."""
+        work = getattr(owner, name)
+
+        @functools.wraps(work)
+        def timed(*args, **kwargs):
+            end = self.now + (seconds(*args, **kwargs) if callable(seconds) else seconds)
+            result = work(*args, **kwargs)
+            self.now = end
+            return result
+
+        self._monkeypatch.setattr(owner, name, timed)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +63,16 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
+@functools.cache
+def _text(seed):
+    return generate_corpus(train=6_000, valid=30, test=40, seed=seed)
+
+
 @pytest.fixture
 def config(cache, monkeypatch):
-    """The generated preset, with a model that costs nothing."""
+    """The generated preset, with a model that costs nothing and its text drawn once."""
     training = BenchmarkConfig.training
+    monkeypatch.setattr(prepare, "generate_corpus", _text)
     monkeypatch.setattr(BenchmarkConfig, "training", lambda self, **changes: training(self, **{**TINY, **changes}))
     yield BenchmarkConfig(preset="generated", cache_dir=cache, cpu=True, updates=2, pairs=2)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -71,19 +118,162 @@ def test_the_trainers_updates_have_as_many_padded_tokens_within_two_percent(conf
     assert seconds > 0
 
 
-@pytest.mark.parametrize("row", ["bare", "fused", "waiting", "preprocessing"])
-def test_a_row_says_its_figure_and_how_it_came_about(config, row):
-    (measured,) = table.MEASUREMENTS[row](config)
-    assert measured.figure in str(measured)
-    assert measured.wanted in str(measured)
-    assert "pairs" in measured.detail or "M=8" in measured.detail
+def test_a_ratio_is_the_median_of_pairs_in_turn_after_the_warm_up(clock):
+    order, seconds = [], iter([100.0, 5.0, 1.0, 4.0, 2.0, 3.0])
+
+    def a():
+        order.append("a")
+        clock.now += next(seconds)
+
+    def b():
+        order.append("b")
+        clock.now += 2.0
+
+    ratio = compare(a, b, pairs=5, warm_up=1)
+    assert "".join(order) == "ab" * 6
+    found = (ratio.low, ratio.median, ratio.high, ratio.seconds_a, ratio.seconds_b)
+    assert found == pytest.approx((0.75, 1.5, 2.25, 3.0, 2.0), abs=1e-4)
+    assert "1.500 (quartiles 0.750 to 2.250 of 5 pairs; medians 3000.0 ms over 2000.0 ms)" in str(ratio)
+
+
+def test_a_machine_that_slows_down_leaves_the_ratio_unchanged(clock):
+    drift = [1.0, 2.0, 4.0, 8.0]
+    first, second = iter([3 * x for x in drift]), iter([2 * x for x in drift])
+
+    def spend(seconds):
+        clock.now += next(seconds)
+
+    ratio = compare(lambda: spend(first), lambda: spend(second), pairs=4, warm_up=0)
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.5, 1.5, 1.5), abs=1e-4)
+
+
+# ---- the rows of the translation task, with known times
+
+
+def test_the_trainer_row_is_our_rate_of_target_tokens_over_the_fastest_trainers(config, clock, monkeypatch):
+    ours, theirs = [], []
+    step, training_step = TrainStep.__call__, transformers.Trainer.training_step
+
+    def spy(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        ours.append(int(result.num_targets))
+        return result
+
+    def spy_theirs(self, model, inputs, *args, **kwargs):
+        theirs.append(int((inputs["labels"] != -100).sum()))
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "__call__", spy)
+    monkeypatch.setattr(transformers.Trainer, "training_step", spy_theirs)
+    clock.sets(TrainStep, "__call__", 1.0)
+    clock.sets(
+        transformers.Trainer,
+        "training_step",
+        lambda trainer, *args: 3.0 if trainer.args.dataloader_num_workers == 1 else 5.0,
+    )
+    (row,) = table.trainer(config)
+    assert len(ours) == 2 + 2 * 2
+    assert len(theirs) == 3 * (2 + 8) + 2 * (2 + 2)  # two of every `train` call are not timed
+    timed = [(ours[2:4], theirs[32:34]), (ours[4:6], theirs[36:38])]
+    want = statistics.median((sum(a) / 2) / (sum(b) / 6) for a, b in timed)
+    assert row.figure == f"{want:.3f}"
+    assert "1 loader workers" in row.detail
+
+
+def test_the_bare_row_is_the_seconds_of_the_loop_over_ours(config, clock):
+    clock.sets(BareUpdates, "_update", 3.0)
+    clock.sets(TrainStep, "__call__", 4.0)
+    (row,) = table.bare(config)
+    assert row.figure == "0.750"
+    assert "2 pairs" in row.detail
+
+
+def test_the_fused_row_is_an_update_of_m_copies_over_m_updates(config, clock):
+    clock.sets(TrainStep, "__call__", lambda step, *args, **kwargs: 6.0 if len(step.plan.copies) == 3 else 4.0)
+    (row,) = table.fused(dataclasses.replace(config, ba_m=3, updates=7))  # 2 updates of 3 copies, 6 of one
+    assert row.figure == "0.500"
+    assert "medians 12000.0 ms over 24000.0 ms" in row.detail
+
+
+def test_the_waiting_row_is_the_time_of_batches_over_the_time_of_updates(config, clock):
+    clock.sets(Numbered, "__getitems__", 1.0)
+    clock.sets(TrainStep, "__call__", lambda step, *args, **kwargs: 3.0 if len(step.plan.copies) == 1 else 9.0)
+    (row,) = table.waiting(config)
+    assert row.figure == "M=1: 25.00%, M=8: 10.00%"
+    assert row.detail == "M=1: median 1000.00 ms a batch, M=8: median 1000.00 ms a batch"
+
+
+def test_the_memory_rows_are_the_peaks_of_m_copies_over_one_and_of_the_lean_loss_over_the_plain(config, monkeypatch):
+    mib = {  # M, K, lean, V: without gaps, with them
+        (8, 1, True, 8_000): (110, 130),
+        (1, 1, True, 8_000): (100, 100),
+        (4, 4, True, 32_000): (90, 100),
+        (4, 4, False, 32_000): (200, 250),
+    }
+
+    def run(command, *, env, **options):
+        plan = json.loads(command[-1])
+        peaks = mib[plan["num_copies"], plan["copies_per_pass"], plan["lean"], plan["shape"]["vocab_size"]]
+        peak = peaks["MALLOC_MMAP_THRESHOLD_" not in env]
+        return subprocess.CompletedProcess(command, 0, stdout=f"a note\n{peak << 20}\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    copies, loss = table.memory(config)
+    assert (copies.figure, loss.figure) == ("1.100", "0.450")
+    assert "110 MiB over 100 MiB" in copies.detail
+    assert copies.detail.endswith("1.300")
+    assert "90 MiB over 200 MiB" in loss.detail
+    assert loss.detail.endswith("0.400")
+
+
+@pytest.mark.slow
+def test_one_copy_a_pass_holds_what_one_copy_does_and_the_lean_loss_less_than_the_plain(config, monkeypatch):
+    monkeypatch.setattr(table, "Shape", functools.partial(Shape, num_samples=10, width=64, num_layers=1))
+    copies, loss = table.memory(config)
+    assert 0.8 < float(copies.figure) < 1.3
+    assert 0 < float(loss.figure) < 0.6
+
+
+def test_the_preprocessing_row_is_the_seconds_of_the_loop_over_ours(config, clock):
+    clock.sets(sentencepiece.SentencePieceProcessor, "encode", 0.25)  # 6 000 pairs, 1 000 lines a call
+    clock.sets(table, "encode_pairs", 4.0)
+    (row,) = table.preprocessing(config)
+    assert row.figure == "0.750"
+    assert "6,000 pairs" in row.name
+
+
+def test_the_decoding_row_is_the_seconds_in_file_order_over_ours(config, clock, monkeypatch):
+    monkeypatch.setattr(decoding, "_TRAINED_UPDATES", 2)
+    clock.sets(transformers.GenerationMixin, "generate", 3.0)  # twice, of 32 sentences and of 8
+    clock.sets(decoding, "translate", 4.0)
+    (row,) = table.decoding(dataclasses.replace(config, sentences=40))
+    assert row.figure == "1.50"
+    assert "40 sentences" in row.name
+    assert "10.0 sentences/s, 4.0 s in all; a model of 2 updates" in row.detail
+
+
+def test_the_streams_rows_are_updates_with_reproducible_copies_over_updates_without(clock, monkeypatch, capsys):
+    shape = Shape(num_samples=2, length=3, vocab_size=11, width=8, num_layers=1)
+    monkeypatch.setattr(table, "Shape", lambda: shape)
+    seconds = {(True, 3): 6.0, (False, 3): 5.0, (True, 1): 11.0, (False, 1): 10.0}
+    clock.sets(
+        TrainStep,
+        "__call__",
+        lambda step, *args, **kwargs: seconds[step.copy_seed is not None, step.plan.copies_per_pass],
+    )
+    options = ["translation", "--preset", "generated", "--rows", "streams", "--ba-m", "3", "--pairs", "2", "--cpu"]
+    verdict = call("benchmark.py", options, monkeypatch, capsys)
+    assert verdict.status == 0, verdict
+    assert "M=3, 3 a pass: 1.200 (wanted: at most 1.15)" in verdict.stdout
+    assert "M=3, 1 a pass: 1.100 (wanted: at most 1.15)" in verdict.stdout
 
 
 def test_every_row_has_a_measurement():
     assert tuple(table.MEASUREMENTS) == ROWS
 
 
-def test_the_trainers_with_and_without_copies_meet_the_same_samples_and_time_the_same_updates(cache, monkeypatch):
+def test_trainers_with_and_without_copies_meet_the_same_samples_and_time_the_same_updates(cache, clock, monkeypatch):
     seen = []
     step = transformers.Trainer.training_step
 
@@ -92,8 +282,9 @@ def test_the_trainers_with_and_without_copies_meet_the_same_samples_and_time_the
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(transformers.Trainer, "training_step", spy)
+    clock.sets(transformers.Trainer, "training_step", 3.0)
     updates = finetuning.TrainerUpdates(finetuning.BenchmarkConfig(cache_dir=cache, cpu=True, batch_size=2))
-    assert 0 < updates.seconds(2) < 60
+    assert updates.seconds(2) == pytest.approx(6.0, abs=1e-4)
     plain = seen.copy()
     seen.clear()
     updates.seconds(2, finetuning.BatchAugmentationTrainer, ba_m=2, copies_per_pass=1)
@@ -101,12 +292,20 @@ def test_the_trainers_with_and_without_copies_meet_the_same_samples_and_time_the
     assert seen == [batch for batch in plain for _ in range(2)]
 
 
-@pytest.mark.parametrize("row", finetuning.ROWS)
-def test_a_row_about_the_trainer_says_its_figure(row, cache):
-    config = finetuning.BenchmarkConfig(task="causal", cache_dir=cache, cpu=True, updates=2, pairs=2, batch_size=2)
+@pytest.mark.parametrize(("row", "figure"), [("plain", "1.500"), ("fused", "3.500")])
+def test_a_row_about_the_trainer_is_an_update_with_copies_over_a_plain_one(row, figure, cache, clock):
+    def seconds(trainer, *args):
+        if not isinstance(trainer, finetuning.BatchAugmentationTrainer):
+            return 2.0
+        return {1: 3.0, 2: 7.0}[trainer.ba_args.ba_m]
+
+    clock.sets(transformers.Trainer, "training_step", seconds)
+    config = finetuning.BenchmarkConfig(
+        task="causal", cache_dir=cache, cpu=True, ba_m=2, updates=5, pairs=2, batch_size=2
+    )
     (measured,) = finetuning.MEASUREMENTS[row](config)
-    assert float(measured.figure) > 0
-    assert "2 pairs" in str(measured)
+    assert measured.figure == figure
+    assert "2 pairs" in measured.detail
 
 
 @pytest.mark.parametrize(
@@ -129,6 +328,34 @@ def test_bad_options_about_the_trainer_are_named(change, message):
 def test_bad_options_are_named(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(BenchmarkConfig(), **change)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize(
+    ("files", "preset"),
+    [
+        ([], "generated"),
+        (["val.en", "val.de"], "generated"),
+        (["train.en.gz"], "generated"),
+        (["train.en.gz", "train.de"], "multi30k-small"),
+    ],
+)
+def test_the_preset_is_multi30k_only_where_its_training_text_is_found(files, preset, is_named, tmp_path, monkeypatch):
+    (tmp_path / "multi30k").mkdir()
+    for file in files:
+        (tmp_path / "multi30k" / file).touch()
+    if is_named:
+        monkeypatch.delenv("SEQBA_DATA", raising=False)
+    else:
+        monkeypatch.setenv("SEQBA_DATA", str(tmp_path))
+    config = BenchmarkConfig(data_dir=str(tmp_path) if is_named else None)
+    assert config.training().preset == preset
+    assert dataclasses.replace(config, preset="transformer-base-wmt16").training().preset == "transformer-base-wmt16"
+
+
+def test_without_a_data_folder_the_preset_is_generated(monkeypatch):
+    monkeypatch.delenv("SEQBA_DATA", raising=False)
+    assert BenchmarkConfig().training().preset == "generated"
 
 
 def test_the_script_wants_a_task(monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""What the translation task costs, as ratios of two things measured in turn within one run."""
+"""What the translation task costs: ratios of speed and of memory, and the share of time spent waiting for data."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
 from tasks.options import check_least
 from tasks.translation.config import TranslationConfig, parse_config
+from tasks.translation.presets import text_of_preset
+from tasks.translation.text import OPENERS
 
 ROWS = ("trainer", "bare", "fused", "waiting", "memory", "preprocessing", "decoding", "streams")
 NEVER = 1_000_000_000
+_PREFERRED, _FALLBACK = "multi30k-small", "generated"
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,19 @@ class BenchmarkConfig:
 
     preset: str = field(
         default="",
-        metadata={"help": "of scripts/train_wmt.py; by default multi30k-small where its text is found, else generated"},
+        metadata={
+            "help": f"of scripts/train_wmt.py; by default {_PREFERRED} where its training text is in the data folder, "
+            f"else {_FALLBACK}"
+        },
     )
     data_dir: str | None = field(default=None, metadata={"help": "folder of the preset's text; by default $SEQBA_DATA"})
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16, of all that is compared"})
     ba_m: int = field(default=4, metadata={"help": "M of the rows about Batch Augmentation"})
     updates: int = field(default=16, metadata={"help": "updates in one timing"})
-    pairs: int = field(default=7, metadata={"help": "timed pairs, A B A B"})
+    pairs: int = field(
+        default=7, metadata={"help": "timed pairs, A B A B; half of them for decoding, none for waiting and memory"}
+    )
     sentences: int = field(default=1_000, metadata={"help": "sentences that the decoding row translates"})
     model: str | None = field(
         default=None, metadata={"help": "model folder of the decoding row; by default one is trained here for a while"}
@@ -47,7 +56,7 @@ class BenchmarkConfig:
     def training(self, **changes: Any) -> TranslationConfig:
         """The run whose updates are timed: it never validates or saves, and logs as the preset does."""
         folder = self.data_dir or os.environ.get("SEQBA_DATA")
-        preset = self.preset or ("multi30k-small" if folder else "generated")
+        preset = self.preset or (_PREFERRED if folder and _has_training_text(_PREFERRED, folder) else _FALLBACK)
         argv: Sequence[str] = ["--preset", preset, *(["--data-dir", folder] if folder else [])]
         return replace(
             parse_config(argv),
@@ -61,3 +70,10 @@ class BenchmarkConfig:
                 **changes,
             },
         )
+
+
+def _has_training_text(preset: str, folder: str) -> bool:
+    """Whether both sides of every training text of a preset are files under a folder, packed or not."""
+    languages = (TranslationConfig.source_lang, TranslationConfig.target_lang)
+    sides = [f"{prefix}.{lang}" for prefix in text_of_preset(preset, folder)["train_prefix"] for lang in languages]
+    return all(any(Path(side + packed).is_file() for packed in OPENERS) for side in sides)

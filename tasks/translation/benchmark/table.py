@@ -1,4 +1,8 @@
-"""The table: every row measures two things in turn and says what came out, with the figure it should reach."""
+"""The table: every row says what was measured, with the figure it should reach.
+
+Rows of speed measure two things in turn, A B A B. Two rows do not: `waiting` is a share of the time of one run for each
+M, and `memory` compares the peaks of processes that run one plan each.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,7 @@ def fused(config: BenchmarkConfig) -> list[Row]:
 
 
 def waiting(config: BenchmarkConfig) -> list[Row]:
-    """The share of an update in which the loop waits for its batches, for M = 1 and M = 8."""
+    """The share of an update in which the loop waits for its batches, in one run with M = 1 and one with M = 8."""
     shares = []
     for num_copies in (1, 8):
         own = OwnUpdates(config.training(ba_m=num_copies))
@@ -90,7 +94,10 @@ def waiting(config: BenchmarkConfig) -> list[Row]:
 
 
 def memory(config: BenchmarkConfig) -> list[Row]:
-    """Peak memory of eight copies one after another over one, and of the lean loss over the plain one."""
+    """Peak memory of eight copies one after another over one, and of the lean loss over the plain one.
+
+    Each plan runs in a process of its own, once without and once with the gaps in a processor's heap.
+    """
 
     def ratio(name: str, wanted: str, a: Plan, b: Plan) -> Row:
         held, resident = ([peak_bytes(plan, with_gaps=with_gaps) for plan in (a, b)] for with_gaps in (False, True))
