@@ -12,8 +12,8 @@ def main() -> None:
     parser.add_argument("model", help="a transformers model folder, or a config.json (its weights are then random)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     with explained():
-        named = parser.parse_known_options(None)
-        config, _ = parser.parse_args_into_dataclasses()
+        parser.parse_known_options(None)  # an unknown option is named first
+        config, named = parser.parse_args_into_dataclasses()
         audit = audit_model(named.model, config)
     print(json.dumps(audit.to_dict(), indent=2) if named.json else audit)
 

@@ -19,13 +19,13 @@ class OptionParser(HfArgumentParser):
 
     @staticmethod
     def peek(argv: Sequence[str] | None, name: str) -> str | None:
-        """The value of one option on the command line, before `--help` ends the parsing; None where it is not there.
+        """The first value of a field's option, before `--help` ends the parsing; None where it is not there.
 
-        >>> OptionParser.peek(["--ba-m=4", "--help"], "--ba-m")
+        >>> OptionParser.peek(["--ba-m=4", "--help"], "ba_m")
         '4'
         """
         parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        parser.add_argument(name, nargs="?", dest="value")
+        parser.add_argument(flag(name), f"--{name}", nargs="?", dest="value")
         value: str | None = parser.parse_known_args(argv)[0].value
         return value
 

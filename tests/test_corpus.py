@@ -250,9 +250,23 @@ def translate_word_by_word(sentence, entries):
     return capitalised(re.sub(r"\w+", lambda word: entries[word[0].lower()], sentence))
 
 
+def test_the_dictionary_has_every_english_word(corpus):
+    entries = dictionary()
+    used = {word.lower() for text in corpus.values() for line in text.source for word in re.findall(r"\w+", line)}
+    assert used <= entries.keys()
+
+
+def test_word_by_word_keeps_order_length_and_punctuation(train):
+    entries = dictionary()
+    for line in train.source[:500]:
+        translated = translate_word_by_word(line, entries)
+        assert len(translated.split()) == len(re.sub("every day", "day", line).split()) + line.count("every day")
+        assert [word[-1] in ",.?" for word in translated.split()] == [word[-1] in ",.?" for word in line.split()]
+
+
 def test_the_dictionary_is_a_baseline_and_no_solution(corpus):
     test = corpus["test"]
-    entries = dictionary()  # has every English word, or this fails
+    entries = dictionary()
     translated = [translate_word_by_word(line, entries) for line in test.source]
     bleu = sacrebleu.corpus_bleu(translated, [test.target]).score
     assert 5 < bleu < 30

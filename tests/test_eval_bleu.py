@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bad_input import call
 from tasks.errors import UserError
+from tasks.options import flag
 from tasks.translation import evaluate as evaluation
 from tasks.translation.decode import Decoding
 from tasks.translation.eval_config import EvaluationConfig, parse_evaluation
@@ -344,6 +345,10 @@ def test_a_bad_option_is_named_with_its_limit(argv, message):
 
 
 def test_every_option_has_help_and_dashes_and_underscores_are_both_taken():
+    assert {"--model", "--source", "--reference", "--test-prefix", "--output-dir", "--num-beams", "--length-penalty",
+            "--length-penalty-kind", "--mc-dropout", "--num-samples-bootstrap", "--seed", "--cpu"} <= {
+        flag(option.name) for option in dataclasses.fields(EvaluationConfig)
+    }  # fmt: skip
     assert all(len(option.metadata["help"]) > 15 for option in dataclasses.fields(EvaluationConfig))
     text = ["--model", "a", "--test-prefix", "p"]
     assert parse_evaluation([*text, "--mc_dropout", "3"]) == parse_evaluation([*text, "--mc-dropout", "3"])

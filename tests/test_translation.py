@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
 from tasks.errors import UserError
+from tasks.options import flag
 from tasks.translation.config import PRESETS, TranslationConfig, may_differ, parse_config
 from tasks.translation.corpus import generate_corpus
 from tasks.translation.decode import Decoding, translate
@@ -158,6 +159,9 @@ def test_dashes_and_underscores_are_both_taken_and_every_option_has_help():
     assert parse_config(["--ba-m", "4"]).ba_m == parse_config(["--ba_m", "4"]).ba_m == 4
     for option in dataclasses.fields(TranslationConfig):
         assert len(option.metadata["help"]) > 15, option.name
+    asked = {"--preset", "--ba-m", "--copies-per-pass", "--reproducible-copies", "--max-updates", "--save-every",
+             "--eval-every", "--output-dir", "--seed", "--resume"}  # fmt: skip
+    assert asked <= {flag(option.name) for option in dataclasses.fields(TranslationConfig)}
 
 
 def test_a_preset_is_data_and_any_option_overrides_it():

@@ -121,7 +121,7 @@ def parse_finetuning(
         epilog="Without --model the defaults are those of a model that learns from nothing, with --model those of "
         "TrainingArguments.",
     )
-    from_nothing = OptionParser.peek(argv, "--model") is None
+    from_nothing = OptionParser.peek(argv, "model") is None
     max_steps = parser.get_default("max_steps")
     parser.set_defaults(
         output_dir=None,

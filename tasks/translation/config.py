@@ -188,12 +188,11 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationConfig:
     Raises:
         UserError: a value out of range, or an unknown preset; the message names the option.
     """
-    preset = OptionParser.peek(argv, "--preset")
+    preset = OptionParser.peek(argv, "preset")
     preset = TranslationConfig.preset if preset is None else preset
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
-    own_text = any(OptionParser.peek(argv, name) for name in ("--train-prefix", "--train_prefix"))
-    text = {} if own_text else TEXTS.get(preset, {})
+    text = {} if OptionParser.peek(argv, "train_prefix") else TEXTS.get(preset, {})
     parser = OptionParser(
         TranslationConfig,
         allow_abbrev=False,
