@@ -2,9 +2,9 @@
 
 import json
 
-from tasks.audit import AuditConfig, audit_model
-from tasks.errors import explained
-from tasks.options import OptionParser
+from tasks.cli.errors import explained
+from tasks.cli.options import OptionParser
+from tasks.models.audit import AuditConfig, audit_model
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import tasks.finetuning.benchmark as finetuning
-from tasks.errors import UserError, explained
-from tasks.machine import start_accelerator
-from tasks.options import OptionParser
+from tasks.cli.errors import UserError, explained
+from tasks.cli.machine import start_accelerator
+from tasks.cli.options import OptionParser
 from tasks.translation.benchmark import table as translation
 
 TASKS: dict[str, Any] = {"translation": translation, "finetuning": finetuning}

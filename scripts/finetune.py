@@ -1,6 +1,6 @@
 """Train a transformers model on a data set with the Trainer: python scripts/finetune.py --model DIR --dataset DIR."""
 
-from tasks.errors import explained
+from tasks.cli.errors import explained
 from tasks.finetuning.config import parse_finetuning
 from tasks.finetuning.train import finetune
 

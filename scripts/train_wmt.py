@@ -1,6 +1,6 @@
 """Train a translation model with Batch Augmentation: accelerate launch scripts/train_wmt.py --ba-m 4."""
 
-from tasks.errors import explained
+from tasks.cli.errors import explained
 from tasks.translation.config import parse_config
 from tasks.translation.train import train
 

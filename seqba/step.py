@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from seqba.draws.streams import copies_of_pass, copy_streams
 from seqba.loss import count_targets
-from seqba.plan import CopiesPerPass, CopyPlan
-from seqba.plan import plan_passes as plan_passes
+from seqba.passes import CopiesPerPass, CopyPlan
+from seqba.passes import plan_passes as plan_passes
 from seqba.repeat import count_samples, repeat_batch
-from seqba.streams import copies_of_pass, copy_streams
 
 
 def take_repeated(batch: Any, copies: tuple[int, ...]) -> Any:

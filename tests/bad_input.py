@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
-from tasks.translation.corpus import generate_corpus
+from tasks.text.generated.corpus import generate_corpus
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 _MODEL = "--width 16 --ffn-width 24 --num-layers 1 --num-heads 2 --vocab-size 400"

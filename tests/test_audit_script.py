@@ -8,8 +8,8 @@ import transformers
 from test_audit_models import TINY, bert, vit
 
 from bad_input import call
-from tasks.audit import AuditConfig, audit_model
-from tasks.errors import UserError
+from tasks.cli.errors import UserError
+from tasks.models.audit import AuditConfig, audit_model
 from tiny_models import bart, gpt2, llama, marian, t5
 
 SIZES = AuditConfig(batch_size=2, length=7, num_copies=2)

@@ -14,10 +14,10 @@ from importlib.util import find_spec
 import pytest
 
 from bad_input import OPTIONS, SCRIPTS, call, contents, write_text
-from tasks.errors import RunError, UserError, make_folder, writing
+from tasks.cli.errors import RunError, UserError, make_folder, writing
+from tasks.models.transformer import build_model
 from tasks.translation import prepare
 from tasks.translation import train as training
-from tasks.translation.model import build_model
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
 

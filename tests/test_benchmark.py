@@ -13,17 +13,17 @@ from accelerate.state import AcceleratorState, GradientState
 
 from bad_input import call
 from seqba.step import TrainStep
-from tasks.benchmark import compare
-from tasks.errors import UserError
+from tasks.benchmark.ratios import compare
+from tasks.cli.errors import UserError
 from tasks.finetuning import benchmark as finetuning
-from tasks.stream import Numbered
+from tasks.run.stream import Numbered
+from tasks.text.generated.corpus import generate_corpus
 from tasks.translation import prepare
 from tasks.translation.benchmark import decoding, table
 from tasks.translation.benchmark.config import ROWS, BenchmarkConfig
 from tasks.translation.benchmark.synthetic import Shape
 from tasks.translation.benchmark.trainer import TrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
-from tasks.translation.corpus import generate_corpus
 
 TINY = {"width": 16, "ffn_width": 24, "num_layers": 1, "num_heads": 2}
 

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 import sacrebleu
 
+from tasks.text.generated.corpus import MAX_SENTENCES, ParallelText, generate_corpus
+from tasks.text.generated.sentences import MAX_WORDS, MIN_WORDS, Speaker, capitalised
 from tasks.translation import lexicon
-from tasks.translation.corpus import MAX_SENTENCES, ParallelText, generate_corpus
-from tasks.translation.sentences import MAX_WORDS, MIN_WORDS, Speaker, capitalised
 
 NAMES = {"Anna", "Maria", "Laura", "Peter", "Paul", "Thomas"}
 GENDERS = {
@@ -101,7 +101,7 @@ def test_the_corpus_is_a_function_of_its_seed():
 def test_the_corpus_does_not_depend_on_the_hash_seed():
     code = """if True:
         import sys
-        from tasks.translation.corpus import generate_corpus
+        from tasks.text.generated.corpus import generate_corpus
         sys.stdout.write(ascii(generate_corpus(train=200)))
     """
     texts = [

@@ -16,18 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, MarianTokenizer
 
 from seqba import repeat_batch
+from tasks.text.encoding import LineEncoder
+from tasks.text.parallel import DROP_REASONS, DataError, ParallelText, read_lines, read_parallel
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation import data as data_module
-from tasks.translation.data import (
-    IGNORE_INDEX,
-    LengthLimit,
-    LineEncoder,
-    TokenPairs,
-    TranslationCollator,
-    encode_pairs,
-    lengths,
-)
-from tasks.translation.text import DROP_REASONS, DataError, ParallelText, read_lines, read_parallel
-from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+from tasks.translation.data import IGNORE_INDEX, LengthLimit, TokenPairs, TranslationCollator, encode_pairs, lengths
 
 DATA = Path(os.environ.get("SEQBA_DATA", ""))
 needs_data = pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of corpora")

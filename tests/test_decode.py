@@ -6,10 +6,8 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
-from tasks.translation import decode
-from tasks.translation.beam_cache import CACHE, BeamCache
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.decode import (
+from tasks.decoding.beam_cache import CACHE, BeamCache
+from tasks.decoding.search import (
     GNMT_RERANK,
     Decoding,
     count_truncated,
@@ -19,8 +17,10 @@ from tasks.translation.decode import (
     rerank,
     translate,
 )
-from tasks.translation.skip_finished import skip_finished
-from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+from tasks.decoding.skip_finished import skip_finished
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
+from tasks.translation import decode
 from tiny_models import SEQ2SEQ, marian
 from word_tokenizer import copying_model, sentences, word_tokenizer
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from bad_input import call
-from tasks.errors import UserError
-from tasks.options import flag
+from tasks.cli.errors import UserError
+from tasks.cli.options import flag
+from tasks.decoding.search import Decoding
+from tasks.scoring.bleu import paired_bootstrap
+from tasks.scoring.hypotheses import hypothesis_files
 from tasks.translation import evaluate as evaluation
-from tasks.translation.decode import Decoding
-from tasks.translation.eval_config import EvaluationConfig, parse_evaluation
-from tasks.translation.hypotheses import hypothesis_files
-from tasks.translation.metric import paired_bootstrap
+from tasks.translation.evaluation.config import EvaluationConfig, parse_evaluation
 from tiny_models import SEQ2SEQ, VOCABULARY, bart, gpt2
 from word_tokenizer import copying_model, sentences, word_tokenizer
 

@@ -32,8 +32,8 @@ from tasks.finetuning.config import parse_finetuning
 from tasks.finetuning.data import encode
 from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.tokenizer import train_tokenizer
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.tokenizer import train_tokenizer
 from tiny_models import bart, gpt2, llama, marian, mixtral, t5
 from word_tokenizer import sentences, word_tokenizer
 
@@ -657,7 +657,7 @@ def test_a_data_set_without_a_training_split_is_named(models, finetune, tmp_path
 
 
 def test_no_cache_stays_off_afterwards():
-    from tasks.data_sets import without_cache_files
+    from tasks.text.data_sets import without_cache_files
 
     with without_cache_files():
         assert not datasets.is_caching_enabled()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seqba import copy_streams, repeat_batch, unfold
-from seqba.trainer_state import generators_of_rank
+from seqba.trainer.state import generators_of_rank
 from tiny_models import FAMILIES, batch_for, enable_checkpointing, gradients, summed_nll
 from trainers import Samples, batches_of, make, token_gradient, trainer_gradients
 

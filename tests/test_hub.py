@@ -4,10 +4,10 @@ import datasets
 import pytest
 
 from bad_input import OPTIONS, call
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.hub import read_dataset
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.hub import read_dataset
+from tasks.text.parallel import DataError, ParallelText, clean
 from tasks.translation.prepare import read_sources, unique_names
-from tasks.translation.text import DataError, ParallelText, clean
 
 PAIRS = [
     {"de": "Ein Hund.", "en": "A dog."},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.metrics import read_metrics
+from tasks.run.log import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_wmt.py"
 UPDATES = 300

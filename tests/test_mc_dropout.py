@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tasks.translation.beam_cache import CACHE, BeamCache
-from tasks.translation.decode import GNMT_RERANK, Decoding, translate
-from tasks.translation.mc_dropout import averaged_over_masks, dropout_on, has_dropout
-from tasks.translation.skip_finished import skip_finished
+from tasks.decoding.beam_cache import CACHE, BeamCache
+from tasks.decoding.mc_dropout import averaged_over_masks, dropout_on, has_dropout
+from tasks.decoding.search import GNMT_RERANK, Decoding, translate
+from tasks.decoding.skip_finished import skip_finished
 from tiny_models import SEQ2SEQ
 from word_tokenizer import copying_model, sentences, word_tokenizer
 

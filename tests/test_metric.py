@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from tasks.translation.metric import paired_bootstrap, score_all
-from tasks.translation.tokenized_bleu import CompoundTokenizer, tokenized_bleu
+from tasks.scoring.bleu import paired_bootstrap, score_all
+from tasks.scoring.tokenized_bleu import CompoundTokenizer, tokenized_bleu
 from word_tokenizer import sentences
 
 SOURCES = sentences(9, longest=8)

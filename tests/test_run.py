@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 
 from distributed import run_ranks
 from seqba.step import UpdateResult
-from tasks.errors import RunError, UserError
-from tasks.finite import NonFiniteError
-from tasks.metrics import read_metrics
-from tasks.run import Cadence, Run
+from tasks.cli.errors import RunError, UserError
+from tasks.run.guards import NonFiniteError
+from tasks.run.log import read_metrics
+from tasks.run.loop import Cadence, Run
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.parallel import read_lines
 from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.config import TranslationConfig
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.text import read_lines
 
 TINY = TranslationConfig(
     width=16,
@@ -226,7 +226,7 @@ def launched(code, launcher, **environment):
 def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     script = tmp_path / "threads.py"
     script.write_text(
-        "import torch\nfrom tasks.machine import start_accelerator\n"
+        "import torch\nfrom tasks.cli.machine import start_accelerator\n"
         "start_accelerator(seed=0, cpu=True)\nprint(torch.get_num_threads())\n"
     )
     cores = len(os.sched_getaffinity(0))
@@ -249,8 +249,8 @@ import torch
 from distributed import report
 from tasks.translation import prepare, result
 from tasks.translation import train as training
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.text import read_lines
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.parallel import read_lines
 from test_run import TINY
 
 folder, cache, changes = sys.argv[1:]

@@ -20,7 +20,7 @@ from bad_input import OPTIONS, SCRIPTS, call, contents, write_text
 from seqba import checkpoint as checkpoint_module
 from seqba.checkpoint import find_checkpoint
 from tasks import run as run_module
-from tasks.metrics import read_metrics
+from tasks.run.log import read_metrics
 from tasks.translation import result
 from tasks.translation import train as training
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.translation.text import (
+from tasks.text.parallel import (
     DROP_REASONS,
     DataError,
     ParallelText,

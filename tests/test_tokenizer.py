@@ -11,14 +11,14 @@ import pytest
 import sentencepiece
 from transformers import MarianTokenizer
 
-from tasks.translation import tokenizer as tokenizer_module
-from tasks.translation.text import DataError, ParallelText, fingerprint, read_parallel
-from tasks.translation.tokenizer import (
+from tasks.text.parallel import DataError, ParallelText, fingerprint, read_parallel
+from tasks.text.tokenizer import (
     atomic_folder,
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from tasks.translation import tokenizer as tokenizer_module
 
 DATA = Path(os.environ.get("SEQBA_DATA", ""))
 needs_data = pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of corpora")

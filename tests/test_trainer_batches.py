@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, DataCollatorWithFlattening, Trainer
 
 from seqba.trainer import BatchAugmentationTrainer
-from seqba.trainer_batch import count_items, is_packed, take_copies
+from seqba.trainer.batch import count_items, is_packed, take_copies
 from tiny_models import FAMILIES, batch_for, gradients, mixtral
 from trainers import Pad, Samples, Stream, arguments, assert_close, token_gradient, trainer_gradients
 from trainers import few_objects_to_collect as few_objects_to_collect

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from seqba.streams import copy_streams
+from seqba.draws.streams import copy_streams
 from seqba.trainer import BatchAugmentationTrainer
 from tiny_models import EVERY_FAMILY, FAMILIES, OTHER_ENCODER_DECODERS, gradients
 from trainers import (

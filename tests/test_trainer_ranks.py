@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distributed import run_ranks
-from seqba.random_state import rng_state, set_rng_state
-from seqba.trainer_state import generators_of_rank
+from seqba.draws.generators import rng_state, set_rng_state
+from seqba.trainer.state import generators_of_rank
 from tiny_models import EVERY_FAMILY
 from trainers import PLANS, QUICK_PLANS, Pad, Samples, collator_of, summary, token_gradient
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from seqba.plan import PassState
+from seqba.passes import PassState
 from seqba.trainer import (
     BatchAugmentationSeq2SeqTrainer,
     BatchAugmentationTrainer,

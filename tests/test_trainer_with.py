@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from seqba import unfold
 from seqba.audit import IdenticalCopiesError
-from seqba.streams import copy_streams
+from seqba.draws.streams import copy_streams
 from seqba.trainer import BatchAugmentationMixin, BatchAugmentationTrainer
 from tiny_models import VOCABULARY, enable_checkpointing, gradients, llama, marian
 from trainers import (

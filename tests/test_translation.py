@@ -12,14 +12,15 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
-from tasks.errors import UserError
-from tasks.options import flag
+from tasks.cli.errors import UserError
+from tasks.cli.options import flag
+from tasks.decoding.search import Decoding, translate
+from tasks.models.transformer import build_model
+from tasks.scoring.bleu import score_bleu
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation.config import PRESETS, TranslationConfig, may_differ, parse_config
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.decode import Decoding, translate
-from tasks.translation.metric import score_bleu
-from tasks.translation.model import TranslationLoss, build_model, count_parameters, decoding_config
-from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+from tasks.translation.model import TranslationLoss, count_parameters, decoding_config
 from tasks.translation.train import learning_rate
 
 SMALL = {

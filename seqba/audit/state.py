@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqba.random_state import rng_state, set_rng_state
+from seqba.draws.generators import rng_state, set_rng_state
 
 
 class OwnGenerators:

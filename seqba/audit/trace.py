@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from seqba.audit.modules import RunningModules
 from seqba.audit.state import OwnGenerators
-from seqba.callers import ATTENTION_DROPOUT, RECURRENT_DROPOUT, Caller
-from seqba.random_ops import CUDNN_RNN, FUSED_ATTENTION, RandomCall, RandomOps
+from seqba.draws.callers import ATTENTION_DROPOUT, RECURRENT_DROPOUT, Caller
+from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, RandomCall, RandomOps
 
 LAYER_DROP = "LayerDrop"
 STOCHASTIC_DEPTH = "stochastic depth"

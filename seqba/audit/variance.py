@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seqba.audit.modules import RunningModules
 from seqba.audit.state import OwnGenerators
 from seqba.audit.trace import Findings, Site, draws_nothing, site_of
-from seqba.callers import RECURRENT_DROPOUT
-from seqba.random_ops import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall
-from seqba.streams import _CopyStreams, _mix
+from seqba.draws.callers import RECURRENT_DROPOUT
+from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall
+from seqba.draws.streams import _CopyStreams, _mix
 
 _PASSES = 4  # passes that each variance is averaged over
 # Copies under equal draws still differ by rounding, since kernels add in another order in other rows.

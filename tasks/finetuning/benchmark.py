@@ -10,14 +10,14 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from seqba.trainer import BatchAugmentationTrainer
-from tasks.benchmark import Row, compare_seconds
-from tasks.errors import UserError
+from tasks.benchmark.ratios import Row, compare_seconds
+from tasks.benchmark.step_timer import StepTimer
+from tasks.cli.errors import UserError
+from tasks.cli.options import check_least
 from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.model import collator_for
-from tasks.options import check_least
-from tasks.step_timer import StepTimer
 
 ROWS = ("plain", "fused")
 _WARM_UP = 3  # updates of every `train` call that are not timed; the first asks the loss for its form

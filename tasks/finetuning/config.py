@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from seqba.trainer_arguments import BatchAugmentationArguments
-from tasks.errors import UserError
-from tasks.options import OptionParser, option
+from seqba.trainer.arguments import BatchAugmentationArguments
+from tasks.cli.errors import UserError
+from tasks.cli.options import OptionParser, option
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
 TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)

@@ -10,10 +10,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from tasks.data_sets import load_data_set, without_cache_files
-from tasks.errors import DataError
+from tasks.cli.errors import DataError
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, FinetuningConfig
 from tasks.finetuning.generated import generate_data
+from tasks.text.data_sets import load_data_set, without_cache_files
 
 TRAIN, VALID, TEST = "train", "validation", "test"
 _NAMES = {VALID: ("validation", "valid", "val", "dev"), TEST: ("test",)}

@@ -9,10 +9,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ
-from tasks.translation.corpus import generate_corpus
-from tasks.translation.model import build_model
-from tasks.translation.text import ParallelText
-from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
+from tasks.models.transformer import build_model
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.parallel import ParallelText
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 
 _VOCAB_SIZE, _WIDTH, _NUM_LAYERS, _NUM_HEADS, _POSITIONS, _DROPOUT = 1_000, 128, 2, 4, 128, 0.1
 _LABELS = ["statement", "question"]

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tasks.errors import UserError
+from tasks.cli.errors import UserError
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, TASKS, FinetuningConfig
-from tasks.pretrained import load_weights, use_languages
+from tasks.models.pretrained import load_weights, use_languages
 
 _LOADERS: dict[str, Any] = {
     SEQ2SEQ: AutoModelForSeq2SeqLM,

@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
-from seqba.trainer_arguments import BatchAugmentationArguments
-from tasks.errors import RunError, make_folder
+from seqba.trainer.arguments import BatchAugmentationArguments
+from tasks.cli.errors import RunError, make_folder
+from tasks.cli.files import write_json
 from tasks.finetuning.config import FinetuningConfig, as_plain
-from tasks.metrics import write_json
 
 RESULTS, OPTIONS = "results.json", "options.json"
 LAST = "last"

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from seqba.audit import IdenticalCopiesError
 from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
-from tasks.errors import UserError, identical_copies
+from tasks.cli.errors import UserError, identical_copies
+from tasks.cli.files import write_json, write_text
+from tasks.cli.machine import use_all_cores
+from tasks.decoding.search import Decoding, max_source_length, translate
+from tasks.finetuning.callbacks import StopAtNonFinite, check_weights
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
 from tasks.finetuning.data import Splits, encode, load_splits
-from tasks.finetuning.finite import StopAtNonFinite, check_weights
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
 from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
 from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, prepare_folder
-from tasks.machine import use_all_cores
-from tasks.metrics import write_json, write_text
-from tasks.pretrained import load_config_and_tokenizer
-from tasks.translation.decode import Decoding, max_source_length, translate
-from tasks.translation.metric import one_line_each, score_bleu
+from tasks.models.pretrained import load_config_and_tokenizer
+from tasks.scoring.bleu import one_line_each, score_bleu
 
 _DROPPED = {"blank": "blank ones", "short": "of one token"}
 

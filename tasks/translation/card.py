@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import MarianMTModel, MarianTokenizer
 
-from tasks.metrics import write_text
+from tasks.cli.files import write_text
+from tasks.scoring.bleu import BleuScore
 from tasks.translation.config import TranslationConfig
-from tasks.translation.metric import BleuScore
 
 
 def save_model_folder(

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tasks.errors import UserError
-from tasks.options import OptionParser, check_least, flag, option
-from tasks.translation.hub import describe
+from tasks.cli.errors import UserError
+from tasks.cli.options import OptionParser, check_least, flag, option
+from tasks.text.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
 
 _LEAST = {

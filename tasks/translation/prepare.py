@@ -10,13 +10,13 @@ import numpy.typing as npt
 from accelerate import Accelerator
 from transformers import MarianTokenizer
 
-from tasks.errors import writing
+from tasks.cli.errors import writing
+from tasks.text.generated.corpus import generate_corpus
+from tasks.text.hub import describe, is_dataset, read_dataset
+from tasks.text.parallel import DataError, ParallelText, clean, describe_dropped, fingerprint, read_parallel
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation.config import TranslationConfig
-from tasks.translation.corpus import generate_corpus
 from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
-from tasks.translation.hub import describe, is_dataset, read_dataset
-from tasks.translation.text import DataError, ParallelText, clean, describe_dropped, fingerprint, read_parallel
-from tasks.translation.tokenizer import load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)

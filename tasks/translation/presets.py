@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import UserError
-from tasks.translation.hub import is_dataset
+from tasks.cli.errors import UserError
+from tasks.text.hub import is_dataset
 
 # The base model of Vaswani et al. 2017, table 3, as section 4.3 of the paper trains it. Not measured yet.
 _BASE = {

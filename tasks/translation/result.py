@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from transformers import MarianMTModel
 
-from tasks.metrics import write_text
-from tasks.run import Run
+from tasks.cli.files import write_text
+from tasks.decoding.search import Decoding, count_truncated, translate
+from tasks.run.loop import Run
+from tasks.scoring.bleu import BleuScore, one_line_each, score_bleu
+from tasks.scoring.hypotheses import hypothesis_files
 from tasks.translation.card import save_model_folder
 from tasks.translation.config import TranslationConfig
-from tasks.translation.decode import Decoding, count_truncated, translate
-from tasks.translation.hypotheses import hypothesis_files
-from tasks.translation.metric import BleuScore, one_line_each, score_bleu
 from tasks.translation.model import decoding_config
 from tasks.translation.prepare import Corpus
 

@@ -15,14 +15,15 @@ from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep, UpdateResult
-from tasks.errors import UserError, identical_copies
-from tasks.machine import start_accelerator
-from tasks.run import Cadence, Run, set_learning_rate
-from tasks.saving import SameData
-from tasks.stopping import INTERRUPTED
-from tasks.stream import SAMPLE_IDS, BatchStream
+from tasks.cli.errors import UserError, identical_copies
+from tasks.cli.machine import start_accelerator
+from tasks.models.transformer import build_model
+from tasks.run.checkpoints import SameData
+from tasks.run.guards import INTERRUPTED
+from tasks.run.loop import Cadence, Run, set_learning_rate
+from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig, as_json, may_differ
-from tasks.translation.model import TranslationLoss, build_model, count_parameters, summed_loss
+from tasks.translation.model import TranslationLoss, count_parameters, summed_loss
 from tasks.translation.prepare import Corpus, prepare
 from tasks.translation.result import write_result
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import UserError
-from tasks.options import check_least
+from tasks.cli.errors import UserError
+from tasks.cli.options import check_least
+from tasks.text.parallel import OPENERS
 from tasks.translation.config import TranslationConfig, parse_config
 from tasks.translation.presets import text_of_preset
-from tasks.translation.text import OPENERS
 
 ROWS = ("trainer", "bare", "fused", "waiting", "memory", "preprocessing", "decoding", "streams")
 NEVER = 1_000_000_000

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.benchmark import Ratio, compare
-from tasks.machine import start_accelerator
+from tasks.benchmark.ratios import Ratio, compare
+from tasks.cli.machine import start_accelerator
+from tasks.decoding.search import Decoding, max_new_tokens, translate
 from tasks.translation.benchmark.config import BenchmarkConfig
-from tasks.translation.decode import Decoding, max_new_tokens, translate
 from tasks.translation.prepare import prepare
 from tasks.translation.train import train
 

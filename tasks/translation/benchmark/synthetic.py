@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from seqba.step import TrainStep
-from tasks.machine import start_accelerator
-from tasks.translation.model import TranslationLoss, build_model, summed_loss
+from tasks.cli.machine import start_accelerator
+from tasks.models.transformer import build_model
+from tasks.translation.model import TranslationLoss, summed_loss
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks.benchmark import Ratio, Row, compare
-from tasks.machine import start_accelerator
+from tasks.benchmark.ratios import Ratio, Row, compare
+from tasks.cli.machine import start_accelerator
+from tasks.text.encoding import LineEncoder
 from tasks.translation.benchmark.config import BenchmarkConfig
 from tasks.translation.benchmark.decoding import decoding_ratio
 from tasks.translation.benchmark.memory import Plan, peak_bytes
 from tasks.translation.benchmark.synthetic import Shape, update_of
 from tasks.translation.benchmark.trainer import TrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
-from tasks.translation.data import LineEncoder, encode_pairs
+from tasks.translation.data import encode_pairs
 from tasks.translation.prepare import prepare
 
 

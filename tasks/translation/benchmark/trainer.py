@@ -13,8 +13,8 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.loss import count_targets
-from tasks.machine import start_accelerator
-from tasks.step_timer import StepTimer
+from tasks.benchmark.step_timer import StepTimer
+from tasks.cli.machine import start_accelerator
 from tasks.translation.config import TranslationConfig
 from tasks.translation.data import TokenPairs
 from tasks.translation.prepare import prepare

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from seqba.loss import count_targets
-from tasks.benchmark import wait_for_device
-from tasks.machine import start_accelerator
-from tasks.stream import SAMPLE_IDS, BatchStream
+from tasks.benchmark.ratios import wait_for_device
+from tasks.cli.machine import start_accelerator
+from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig
 from tasks.translation.model import TranslationLoss
 from tasks.translation.prepare import prepare

@@ -1,0 +1,281 @@
+"""Per-copy random streams, for models nobody rewrote.
+
+A copy's randomness comes from (seed, update, shard, copy), never from who computed it: fused in one pass,
+accumulated over several, or spread over ranks, copy 3 of an update meets the same dropout masks.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seqba.draws.operations import (
+    CUDNN_RNN,
+    FUSED_ATTENTION,
+    PERMUTATION,
+    UNKNOWN,
+    RandomCall,
+    RandomOps,
+    draws_are_shared,
+)
+from seqba.errors import StreamError
+
+_MASK_64 = (1 << 64) - 1
+_SHARED = -1  # in place of a copy's number, for draws that the copies share
+_ambient: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the generators must be on leaving, and what nobody may have moved."""
+
+    torch_state: torch.Tensor
+    python_state: Any
+    numpy_state: Any
+    cuda_state: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> "_Entry":
+        return cls(
+            torch.default_generator.get_state(),
+            random.getstate(),
+            np.random.get_state(),
+            torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        )
+
+
+def current_copies() -> tuple[int, ...] | None:
+    """The copies whose rows the running pass holds, in order, or None outside a training pass.
+
+    A module that draws one mask per copy reads it: `len(current_copies())` blocks of rows follow each other.
+    It is the same for the whole process, so that a backward pass that recomputes activations on a thread
+    of its own (gradient checkpointing under CUDA) reads it too.
+
+    >>> with copies_of_pass((0, 1, 2)):
+    ...     current_copies()
+    (0, 1, 2)
+    """
+    return _ambient
+
+
+@contextmanager
+def copies_of_pass(copies: Sequence[int]) -> Iterator[None]:
+    """Tell modules (through `current_copies`) which copies the pass inside holds. Changes no random draw."""
+    global _ambient
+    _check_copies(copies)
+    if _ambient is not None:
+        raise RuntimeError(f"a pass over copies {_ambient} is already running; passes do not nest")
+    _ambient = tuple(copies)
+    try:
+        yield
+    finally:
+        _ambient = None
+
+
+@contextmanager
+def copy_streams(
+    copies: Sequence[int], *, seed: int, update: int, shard: int = 0, num_samples: int | None = None
+) -> Iterator[None]:
+    """Draw every random number of the pass inside from the stream of the copy whose rows it is for.
+
+    For any model, unmodified. On entry torch's CPU generator is seeded from (seed, update, shard). Each random
+    operation takes one key from it, and draws its block of rows for copy m from a stream derived from (key, m).
+    So the masks of a copy do not depend on which copies share its pass. Gradient checkpointing replays the
+    generator, hence the keys, hence the masks. **Run the backward pass inside the block too**: outside of it
+    a checkpointed model would be recomputed under other masks.
+
+    A draw of shape (), and any draw inside `shared_draws()`, is one for all copies and all passes: its stream has
+    the key without the copy (LayerDrop). All generators are as before on leaving.
+
+    Args:
+        copies: the copies in the pass, in the order of their blocks of rows: (0, 1, 2, 3) for a fused M=4,
+            (2,) for one pass of an accumulated update.
+        seed, update: any integers; the run's seed and the number of the update.
+        shard: the index of the B-sample batch inside the update: ranks (or groups of ranks) times accumulation.
+        num_samples: B, where known: a draw must then have len(copies) rows or a multiple of len(copies) * B
+            (heads folded into rows, (M*B*H, T, S)); without it, any multiple of len(copies) is taken.
+
+    Raises:
+        StreamError: an operation whose draws cannot be told apart by copy, by name, with what to do: rows that are
+            no multiple of the copies, `torch.randperm`, a generator of the model's own, dropout inside a fused
+            attention kernel or cuDNN's recurrent networks, recurrent dropout over a `PackedSequence`; and on leaving,
+            numbers that numpy, Python or a kernel outside of torch's operations drew meanwhile.
+        ValueError: no copies, a copy twice or below 0, or `num_samples` below 1.
+
+    >>> x = torch.ones(2, 8)
+    >>> with copy_streams((0, 1), seed=1, update=5):
+    ...     fused = torch.dropout(torch.cat([x, x]), 0.5, True)
+    >>> with copy_streams((1,), seed=1, update=5):
+    ...     alone = torch.dropout(x, 0.5, True)
+    >>> torch.equal(fused[2:], alone), torch.equal(fused[:2], alone)
+    (True, False)
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1 where it is given, got {num_samples}")
+    with ExitStack() as stack:
+        stack.enter_context(copies_of_pass(copies))
+        if torch.cuda.is_available():
+            # the fused kernels draw inside; the math backend's dropout is an operation that can be cut into rows
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        entry = _Entry.now()
+        torch.default_generator.manual_seed(_mix(seed, update, shard))
+        try:
+            with _CopyStreams(tuple(copies), num_samples):
+                yield
+        finally:
+            torch.default_generator.set_state(entry.torch_state)
+        _refuse_other_generators(entry)
+
+
+class _CopyStreams(RandomOps):
+    def __init__(self, copies: tuple[int, ...], num_samples: int | None) -> None:
+        super().__init__()
+        self.copies = copies
+        self.num_samples = num_samples
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def on_draw(self, call: RandomCall) -> Any:
+        if call.kind in (FUSED_ATTENTION, CUDNN_RNN):
+            if not call.drops_out:
+                return call.run()
+            raise StreamError(_fused_refusal(call))
+        key = _next_key()
+        if call.own_generator() is not None:
+            raise StreamError(
+                f"{call.name} draws from a generator that the model passes itself, so its copies cannot have streams "
+                "of their own; let it use torch's default generator, or train without reproducible copies"
+            )
+        has_rows = call.kind not in (PERMUTATION, UNKNOWN) and call.has_rows
+        if draws_are_shared() or (has_rows and call.shape == ()):
+            return self.draw(call, _mix(key, _SHARED))
+        if not has_rows:
+            raise StreamError(
+                f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
+                "all copies, wrap it in `with seqba.shared_draws():`, else train without reproducible copies"
+            )
+        return self.draw_blocks(call, key)
+
+    def draw_blocks(self, call: RandomCall, key: int) -> Any:
+        """One block of rows after the other, each from its own copy's stream.
+
+        Blocks are drawn contiguous, one copy alone too: kernels fill other layouts in another order.
+        """
+        rows = self.rows_of_a_copy(call)
+        results = []
+        for block, copy in enumerate(self.copies):
+            start = block * rows
+            part = call.rows(start, start + rows)
+            results.append(self.draw(part, _mix(key, copy)))
+            call.write_back(part, start)
+        if any(argument.alias_info is not None for argument in call.func._schema.arguments[:1]):
+            return call.args[0]
+        if len(results) == 1:
+            return results[0]
+        if isinstance(results[0], torch.Tensor):
+            return torch.cat(results, dim=call.row_dim)
+        return tuple(torch.cat(parts, dim=call.row_dim) for parts in zip(*results, strict=True))
+
+    def rows_of_a_copy(self, call: RandomCall) -> int:
+        size = call.shape[call.row_dim] if len(call.shape) > call.row_dim else 0
+        num_copies = len(self.copies)
+        if num_copies == 1:
+            return size
+        unit = num_copies * (self.num_samples or 1)
+        if call.packed or size == 0 or (size != num_copies and size % unit):
+            samples = f" of {self.num_samples} samples" if self.num_samples else ""
+            packed = ", over a PackedSequence whose rows are interleaved in time" if call.packed else ""
+            raise StreamError(
+                f"{call.name} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold the rows "
+                f"of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask is meant "
+                "for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
+                "first axis, run one copy a pass (copies_per_pass=1), or train without reproducible copies"
+            )
+        return size // num_copies
+
+    def draw(self, call: RandomCall, seed: int) -> Any:
+        """Run a call under a generator seeded for it."""
+        device = call.device
+        if call.takes_generator():
+            if device not in self.generators:
+                self.generators[device] = torch.Generator(device)
+            return call.run(self.generators[device].manual_seed(seed))
+        default = _default_generator(device, call.name)
+        state = default.get_state()
+        default.manual_seed(seed)
+        try:
+            return call.run()
+        finally:
+            default.set_state(state)
+
+
+def _check_copies(copies: Sequence[int]) -> None:
+    numbers = list(copies)
+    if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
+        raise ValueError(f"copies must be distinct numbers from 0, at least one of them, got {numbers}")
+
+
+def _next_key() -> int:
+    """One 63-bit key from torch's CPU generator, the one that gradient checkpointing saves and restores."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=torch.default_generator))
+
+
+def _mix(*numbers: int) -> int:
+    """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
+
+    torch's CPU generator keeps the low 32 of a seed's bits, its CUDA generator all.
+
+    >>> _mix(1, 2) == _mix(1, 2), _mix(1, 2) == _mix(2, 1)
+    (True, False)
+    """
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK_64) + 0x9E3779B97F4A7C15) & _MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        state ^= state >> 31
+    return state
+
+
+def _default_generator(device: torch.device, name: str) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    generators = getattr(torch.get_device_module(device), "default_generators", None)
+    if generators is None:
+        raise StreamError(f"{name} on {device}: this device has no generator that can be seeded per copy")
+    index = device.index if device.index is not None else torch.get_device_module(device).current_device()
+    return generators[index]
+
+
+def _fused_refusal(call: RandomCall) -> str:
+    if call.kind == CUDNN_RNN:
+        return (
+            f"{call.name} drops out between its layers inside cuDNN (dropout={call.dropout}), where copies cannot have "
+            "streams of their own; set torch.backends.cudnn.enabled = False, put nn.Dropout between "
+            "one-layer networks, or train without reproducible copies"
+        )
+    return (
+        f"{call.name} drops attention weights inside its kernel (dropout_p={call.dropout}), where copies cannot have "
+        'streams of their own; use attn_implementation="eager" or the math backend of scaled_dot_product_attention'
+    )
+
+
+def _refuse_other_generators(entry: _Entry) -> None:
+    now, moved = _Entry.now(), []
+    if now.python_state != entry.python_state:
+        moved.append("Python's random")
+    if any(not np.array_equal(a, b) for a, b in zip(now.numpy_state, entry.numpy_state, strict=True)):
+        moved.append("numpy.random")
+    # torch's own draws on the device put its generator back: what moved it is a kernel that torch does not tag
+    if entry.cuda_state is not None and now.cuda_state is not None and not entry.cuda_state.equal(now.cuda_state):
+        moved.append("the CUDA generator in a kernel of its own (flash attention, for one)")
+    if moved:
+        raise StreamError(
+            f"the model drew from {' and '.join(moved)} during the pass, which no stream of a copy covers (SpecAugment "
+            "and some LayerDrops do): such a draw differs between plans. Switch it off, draw with torch instead, or "
+            "train without reproducible copies"
+        )

@@ -1,0 +1,61 @@
+"""The options of Batch Augmentation in a Trainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from seqba.passes import CopiesPerPass, CopyPlan
+
+
+@dataclass
+class BatchAugmentationArguments:
+    """The options of Batch Augmentation, for `HfArgumentParser` beside `TrainingArguments`.
+
+    Raises:
+        ValueError: M below 1, or copies_per_pass neither auto nor from 1 to M.
+    """
+
+    ba_m: int = field(
+        default=1, metadata={"help": "M, the paper's number of copies: how often a sample stands in an update"}
+    )
+    copies_per_pass: str = field(
+        default="auto",
+        metadata={
+            "help": "copies in one forward and backward pass, 1 to M; auto starts at M and halves when memory runs out"
+        },
+    )
+    reproducible_copies: bool = field(
+        default=False,
+        metadata={
+            "help": "draw each copy's masks from (seed, update, batch, copy), so that no plan or rank changes them"
+        },
+    )
+    allow_identical_copies: bool = field(
+        default=False, metadata={"help": "train even where nothing random makes the copies of a sample differ"}
+    )
+
+    def __post_init__(self) -> None:
+        self.copies_per_pass = str(self.copies_per_pass)
+        if self.copies_per_pass != "auto" and not self.copies_per_pass.isdecimal():
+            raise ValueError(f"copies_per_pass must be auto or from 1 to ba_m {self.ba_m}, got {self.copies_per_pass}")
+        if isinstance(self.ba_m, bool) or not isinstance(self.ba_m, int) or self.ba_m < 1:
+            raise ValueError(f"ba_m must be a whole number of at least 1, got {self.ba_m!r}")
+        self.plan()
+
+    def plan(self) -> CopyPlan:
+        """A new plan of these copies."""
+        k: CopiesPerPass = "auto" if self.copies_per_pass == "auto" else int(self.copies_per_pass)
+        return CopyPlan(self.ba_m, k)
+
+
+def choose_arguments(ba_args: BatchAugmentationArguments | None, **options: Any) -> BatchAugmentationArguments:
+    """`ba_args`, or arguments of the options that are not None.
+
+    Raises:
+        ValueError: both are given, or an option is out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if ba_args is None:
+        return BatchAugmentationArguments(**given)
+    if given:
+        raise ValueError(f"ba_args holds {', '.join(given)} already; give one or the other")
+    return ba_args

@@ -1,0 +1,317 @@
+"""The mixin that repeats training batches inside the step of any Trainer, and what it makes of transformers' own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from seqba.draws.streams import copies_of_pass, copy_streams
+from seqba.passes import CopiesPerPass, CopyPlan
+from seqba.repeat import count_samples
+from seqba.trainer.arguments import BatchAugmentationArguments as BatchAugmentationArguments
+from seqba.trainer.arguments import choose_arguments
+from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies
+from seqba.trainer.checks import (
+    check_copies,
+    measured,
+    plan_for,
+    refuse_missing_decoder_inputs,
+    refuse_unsupported,
+)
+from seqba.trainer.counters import BatchAugmentationCounters
+from seqba.trainer.loss import Divisor, LossForm, part_of_update
+from seqba.trainer.state import OrderOfEpoch, bookkeeping, generators_of_rank, replaced, restore, wrap_again
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
+
+
+@dataclass
+class _Run:
+    """What a call of `train` finds out on its way."""
+
+    plan: CopyPlan
+    batch_size: int
+    form: LossForm | None = None
+    packed: bool = False
+    has_audited: bool = False
+    items: UpdateItems | None = None
+
+
+class BatchAugmentationMixin(_TrainerBase):
+    """Repeats every training batch of a Trainer M times inside the step, with one denominator for all copies.
+
+    It goes in front of a Trainer class: `class MySFT(BatchAugmentationMixin, SFTTrainer)`. Overridden `compute_loss`
+    and `training_step`, below or above it, are called once a pass, with the rows of that pass.
+
+    Args:
+        *args, **kwargs: the Trainer's own.
+        ba_m: M, by default 1.
+        copies_per_pass: K from 1 to M, or "auto" (default): start with all M in one pass, and halve on out-of-memory
+            (not on several ranks with an overridden `compute_loss`, where that cannot be done safely: a warning).
+        reproducible_copies: copy m of an update draws from its own stream of (seed, update, batch, m), so that
+            the masks are the same under every plan (`seqba.copy_streams`).
+        allow_identical_copies: train even where nothing random makes the copies of a sample differ.
+        ba_args: all four in one object, instead of them.
+
+    Raises:
+        ValueError: an option out of range.
+        UnsupportedError: an option that this Trainer's setting cannot keep; when training, packed rows or rows that the
+            loss compares with each other (in-batch negatives) in a fused pass that was asked for, and a loss that is a
+            sum over its rows.
+        IdenticalCopiesError: when training, copies that would all be identical.
+        StreamError: when training with reproducible copies, a draw that cannot be told apart by copy.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        ba_m: int | None = None,
+        copies_per_pass: CopiesPerPass | None = None,
+        reproducible_copies: bool | None = None,
+        allow_identical_copies: bool | None = None,
+        ba_args: BatchAugmentationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        arguments = choose_arguments(
+            ba_args,
+            ba_m=ba_m,
+            copies_per_pass=copies_per_pass,
+            reproducible_copies=reproducible_copies,
+            allow_identical_copies=allow_identical_copies,
+        )
+        super().__init__(*args, **kwargs)
+        refuse_unsupported(self, arguments.reproducible_copies)
+        self._ba_setup(arguments)
+
+    @property
+    def counters(self) -> BatchAugmentationCounters:
+        """Samples met, instances seen, targets, of the whole run."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, BatchAugmentationCounters))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what an earlier call found out about model and loss is found out again."""
+        self._ba_run = self._ba_new_run()
+        wrap_again(self)
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """The batches of an update, as the Trainer's, with their samples and targets counted."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._ba_run.items = self._ba_count(batches)
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward over all copies of a batch: the Trainer's own step in each pass of the plan."""
+        inputs = self._prepare_input(inputs)
+        run, items = self._ba_run, self._ba_items_of(inputs)
+        batch = items.done
+        items.done += 1
+        self._ba_look_at(model, inputs, num_items_in_batch)
+        plan, shard = run.plan, self.accelerator.process_index * len(items.batches) + batch
+        before = bookkeeping(self) if plan.may_shrink else {}
+        is_again = False
+
+        def attempt(reduce: bool) -> Tensor:
+            nonlocal is_again
+            if is_again:
+                restore(self, before)
+            is_again = True
+            losses = []
+            passes = plan.passes
+            for copies in passes:
+                is_last = copies is passes[-1]
+                sync = nullcontext() if is_last and reduce else self.accelerator.no_sync(model)
+                with sync, self._ba_streams(inputs, copies, shard), self._ba_weighted_loss(batch, len(copies)):
+                    losses.append(self._ba_pass(model, take_copies(inputs, len(copies)), num_items_in_batch))
+            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+        with self._ba_generators(shard):
+            loss = plan.run(self.accelerator, model, [inputs], attempt, try_first=items.try_first)
+        if items.done == len(items.batches):
+            self._ba_finish(items)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; lines about training also say what was met and seen, and how fast."""
+        if "learning_rate" in logs or "train_runtime" in logs:
+            start_time = args[0] if args else kwargs.get("start_time")
+            logs.update(self.counters.logs(start_time, logs.get("train_runtime")))
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; orders grouped by length are made independent of what dropout draws."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return OrderOfEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    # ---- an update
+
+    def _ba_setup(self, arguments: BatchAugmentationArguments) -> None:
+        self.ba_args = arguments
+        self._ba_run = self._ba_new_run()
+        self.add_callback(BatchAugmentationCounters())
+
+    def _ba_new_run(self) -> _Run:
+        return _Run(self.ba_args.plan(), self._train_batch_size)
+
+    def _ba_count(self, batches: list[Mapping[str, Any]]) -> UpdateItems:
+        run, device = self._ba_run, self.args.device
+        if run.batch_size != self._train_batch_size:  # `auto_find_batch_size` begins anew with smaller batches
+            self._ba_run = run = self._ba_new_run()
+        if run.form is None and self.counters.copies_per_pass:  # of the checkpoint that is resumed
+            run.plan.load_state_dict({"copies_per_pass": self.counters.copies_per_pass})
+        counts = [count_items(batch, device) for batch in batches]
+        total = torch.stack(counts).sum(0)
+        repeats = self.ba_args.ba_m > 1
+        packed = repeats and any(is_packed(batch) for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return UpdateItems(counts, total, total, packed=packed)
+        larger = run.plan.may_shrink and any(run.plan.is_larger_than_tried(batch) for batch in batches)
+        flags = torch.tensor([larger, packed], device=device)
+        met = self.accelerator.reduce(torch.cat([total, flags.to(total)]), "sum")
+        larger, packed = (flag > 0 for flag in met[3:].tolist()) if repeats else (False, False)
+        everywhere = self.args.average_tokens_across_devices
+        return UpdateItems(counts, met[:3] if everywhere else total, met[:3], larger, packed)
+
+    def _ba_items_of(self, inputs: Any) -> UpdateItems:
+        """The update that a batch belongs to: one of its own where the step is called outside of `train`."""
+        items = self._ba_run.items
+        if items is None or items.done == len(items.batches):
+            if getattr(self, "current_gradient_accumulation_steps", 1) > 1:
+                raise RuntimeError("get_batch_samples was overridden without calling super().get_batch_samples")
+            items = self._ba_run.items = self._ba_count([inputs])
+        return items
+
+    def _ba_look_at(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
+        """Find the loss's form on the first batch, choose the plan by it, and refuse copies that would be identical."""
+        run, items = self._ba_run, self._ba_run.items
+        assert items is not None
+        is_new = run.form is None or (items.packed and not run.packed)
+        run.packed = run.packed or items.packed
+        before = bookkeeping(self) if is_new else {}
+        if run.form is None:
+            refuse_missing_decoder_inputs(self, inputs)
+            may_repeat = self.ba_args.ba_m > 1 and not run.packed
+            run.form = measured(self, model, inputs, num_items, may_repeat=may_repeat)
+        if is_new and run.form is not None:
+            run.plan = plan_for(self, run.plan, run.form, run.packed)
+        if self.ba_args.ba_m > 1 and not run.has_audited and not self.ba_args.allow_identical_copies:
+            check_copies(self, model, inputs)
+            run.has_audited = True
+        restore(self, before)
+
+    def _ba_finish(self, items: UpdateItems) -> None:
+        self.counters.add(items.met[SAMPLES], items.met[self._ba_target], self.ba_args.ba_m)
+        self.counters.copies_per_pass = self._ba_run.plan.copies_per_pass
+
+    @property
+    def _ba_target(self) -> int:
+        """What the loss counts as a target; labels, until a batch that has some has told."""
+        return self._ba_run.form.target if self._ba_run.form is not None else TARGETS
+
+    # ---- a pass
+
+    def _ba_pass(self, model: nn.Module, rows: Any, num_items: Any) -> Tensor:
+        """The Trainer's step on the rows of a pass, told the targets of all copies where the loss divides by them."""
+        form = self._ba_run.form
+        if num_items is None or form is None or form.divisor is Divisor.PASS:
+            return super().training_step(model, rows, None)
+        assert self._ba_run.items is not None
+        targets = self._ba_run.items.all[form.target]
+        return super().training_step(model, rows, self.ba_args.ba_m * targets.clamp(min=1))
+
+    def _ba_streams(self, inputs: Any, copies: tuple[int, ...], shard: int) -> AbstractContextManager[None]:
+        if not self.ba_args.reproducible_copies:
+            return copies_of_pass(copies)
+        samples = count_samples(inputs) if len(copies) > 1 else None
+        update = self.state.global_step + 1
+        return copy_streams(copies, seed=self.args.seed, update=update, shard=shard, num_samples=samples)
+
+    def _ba_generators(self, shard: int) -> AbstractContextManager[None]:
+        """Ranks start from one seed: without streams, their copies would meet the same masks."""
+        if self.accelerator.num_processes == 1 or self.ba_args.ba_m == 1 or self.ba_args.reproducible_copies:
+            return nullcontext()
+        return generators_of_rank(self.args.seed, self.state.global_step + 1, shard)
+
+    @contextmanager
+    def _ba_weighted_loss(self, batch: int, num_copies: int) -> Iterator[None]:
+        """Inside, `compute_loss` gives a pass's part of the update's mean, and the Trainer divides it no further.
+
+        It stands in front of whatever `compute_loss` the trainer has, overridden above this class or below it.
+        """
+        form, items = self._ba_run.form, self._ba_run.items
+        if form is not None and form.divisor is Divisor.BOTH:
+            yield
+            return
+        assert items is not None
+        here = num_copies * items.batches[batch][self._ba_target]
+        everywhere = self.ba_args.ba_m * items.all[self._ba_target]
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        compute_loss = self.compute_loss
+
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            if form is not None and form.divisor is Divisor.UPDATE:
+                return result
+            if isinstance(result, tuple):
+                return (part_of_update(result[0], here, everywhere, ranks), *result[1:])
+            return part_of_update(result, here, everywhere, ranks)
+
+        with replaced(self, "compute_loss", weighted), replaced(self, "current_gradient_accumulation_steps", 1):
+            yield
+
+
+class BatchAugmentationTrainer(BatchAugmentationMixin, Trainer):
+    """`transformers.Trainer` whose training batches stand M times in their update; see `BatchAugmentationMixin`."""
+
+
+class BatchAugmentationSeq2SeqTrainer(BatchAugmentationMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` whose training batches stand M times; see `BatchAugmentationMixin`."""
+
+
+def augment(
+    trainer: Trainer,
+    ba_m: int | None = None,
+    *,
+    copies_per_pass: CopiesPerPass | None = None,
+    reproducible_copies: bool | None = None,
+    allow_identical_copies: bool | None = None,
+    ba_args: BatchAugmentationArguments | None = None,
+) -> Trainer:
+    """Give a trainer that somebody else's code made Batch Augmentation: `BatchAugmentationMixin` in front of its class.
+
+    Args:
+        trainer: not yet training.
+        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ba_args: as of `BatchAugmentationMixin`.
+
+    Returns:
+        The same object, changed.
+
+    Raises:
+        TypeError: the trainer has Batch Augmentation already.
+        ValueError, UnsupportedError: as `BatchAugmentationMixin`.
+    """
+    if isinstance(trainer, BatchAugmentationMixin):
+        raise TypeError(f"{type(trainer).__name__} has Batch Augmentation already, with {trainer.ba_args}")
+    arguments = choose_arguments(
+        ba_args,
+        ba_m=ba_m,
+        copies_per_pass=copies_per_pass,
+        reproducible_copies=reproducible_copies,
+        allow_identical_copies=allow_identical_copies,
+    )
+    refuse_unsupported(trainer, arguments.reproducible_copies)
+    plain = type(trainer)
+    trainer.__class__ = type(f"BatchAugmentation{plain.__name__}", (BatchAugmentationMixin, plain), {})
+    trainer._ba_setup(arguments)
+    return trainer

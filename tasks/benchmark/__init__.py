@@ -1,0 +1,1 @@
+"""What every benchmark shares: ratios of two things timed in turn."""

@@ -1,0 +1,97 @@
+"""What a script tells its user in one line, without a traceback."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from seqba.audit import IdenticalCopiesError
+from seqba.checkpoint.files import disk_error
+
+
+class UserError(ValueError):
+    """Something the user asked for or supplied cannot be used; the message says what, and what to do, in one line.
+
+    Args:
+        message: its line ends become spaces.
+        details: what explains it, such as a table; scripts print it, as it is, above the message.
+    """
+
+    def __init__(self, message: str, *, details: str = "") -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+        self.details = details
+
+
+class DataError(UserError):
+    """The user's data or a setting about it is unusable; the message says which and what to do."""
+
+
+class RunError(UserError):
+    """A run that cannot start or go on as asked; the message says what to change."""
+
+
+def identical_copies(error: IdenticalCopiesError, remedy: str) -> UserError:
+    """What a script says of them: the table of the audit, and `remedy`, the option that makes copies differ."""
+    return UserError(
+        f"identical copies are refused; give {remedy}, --ba-m 1, or --allow-identical-copies to train all the same",
+        details=str(error.audit),
+    )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """The body of a script: a `UserError` ends it with status 1 and one line on stderr, Ctrl-C with status 130."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{error.details}\n\nerror: {error}" if error.details else f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def writing(path: str | Path, *, remedy: str) -> Iterator[None]:
+    """Say in a line why the system would not let the block write `path`, and what to do.
+
+    Args:
+        path: the file or folder that is written.
+        remedy: what the user can do, as a half sentence.
+
+    Raises:
+        RunError: the block met an OSError (a full disk, no permission, a file where a folder should be), or one
+            that safetensors hides in its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = disk_error(error)
+        if cause is None:
+            raise
+        where = cause.filename if cause.filename and Path(cause.filename) != Path(path) else None
+        reason = (cause.strerror or str(cause)) + (f": {where}" if where else "")
+        raise RunError(f"cannot write {path} ({reason}{_free(Path(path), cause)}); {remedy}") from error
+
+
+def _free(path: Path, error: OSError) -> str:
+    """How much room is left, where that is the trouble."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    return f", {shutil.disk_usage(folder).free:,} bytes are free"
+
+
+def make_folder(folder: Path, *, remedy: str) -> None:
+    """Make a folder that can be written into, before there is anything to lose.
+
+    Raises:
+        RunError: it cannot be made or written into; with the reason and the remedy.
+    """
+    with writing(folder, remedy=remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,0 +1,67 @@
+"""The command line of a script: options from dataclasses, and complaints in one line."""
+
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from tasks.cli.errors import UserError
+
+
+class OptionParser(HfArgumentParser):
+    """`HfArgumentParser` whose complaints are `UserError`s that name the option, not pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help explains all options")
+
+    @staticmethod
+    def peek(argv: Sequence[str] | None, name: str) -> str | None:
+        """The first value of a field's option, before `--help` ends the parsing; None where it is not there.
+
+        >>> OptionParser.peek(["--ba-m=4", "--help"], "ba_m")
+        '4'
+        """
+        parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument(flag(name), f"--{name}", nargs="?", dest="value")
+        value: str | None = parser.parse_known_args(argv)[0].value
+        return value
+
+    def parse_known_options(self, argv: Sequence[str] | None) -> Any:
+        """What is on the command line, before dataclasses look at it.
+
+        Raises:
+            UserError: an option is unknown.
+        """
+        named, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
+        return named
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+def flag(name: str) -> str:
+    """A field's name as it is written on the command line.
+
+    >>> flag("ba_m")
+    '--ba-m'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_least(options: Any, least: Mapping[str, int]) -> None:
+    """Refuse options below their least value; one that is None is not looked at.
+
+    Raises:
+        UserError: it names the option, the limit and the value.
+    """
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise UserError(f"{flag(name)} must be at least {limit}, got {value}")

@@ -1,0 +1,1 @@
+"""Search for translations, under any encoder-decoder of transformers."""

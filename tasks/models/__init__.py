@@ -1,0 +1,1 @@
+"""Models of transformers: made new, loaded with every fault found first, and audited."""

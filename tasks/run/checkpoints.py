@@ -1,0 +1,164 @@
+"""Saving a run and continuing it: what a checkpoint holds beside the weights, and which one is taken."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from seqba.checkpoint import checkpoint_fault, find_checkpoint, load_checkpoint, save_checkpoint
+from seqba.draws.generators import rng_state, set_rng_state
+from tasks.cli.errors import RunError
+
+
+class Stateful(Protocol):
+    """Anything whose position a checkpoint must hold; its state is made of JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
+
+
+@dataclass(frozen=True)
+class SameData:
+    """Refuses to resume on other data: its state is the data's fingerprint."""
+
+    fingerprint: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fingerprint."""
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where the data is not what it was."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "the text is not the one that the run was begun with; give that one again, or another --output-dir "
+                "for a new run"
+            )
+
+
+class Saver:
+    """The checkpoints of one run.
+
+    Args:
+        accelerator: the run's; its loss scaler is part of a checkpoint.
+        folder: of all checkpoints.
+        keep: newest checkpoints that stay.
+        model: unwrapped.
+        optimizer: the model's.
+        parts: what else has a position, by name.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        keep: int,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[str, Stateful],
+    ) -> None:
+        self.accelerator, self.folder, self.keep = accelerator, folder, keep
+        self.model, self.optimizer, self.parts = model, optimizer, dict(parts)
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+
+    def path(self, update: int) -> Path:
+        """Where the checkpoint of an update is, if there is one."""
+        return self.folder / f"update-{update:06d}"
+
+    def is_good(self, update: int) -> bool:
+        """Whether an update has an intact checkpoint."""
+        return checkpoint_fault(self.path(update)) is None
+
+    def newest(self) -> Path | None:
+        """The newest intact checkpoint."""
+        return find_checkpoint(self.folder)[0]
+
+    def resume(self) -> tuple[Path | None, list[str]]:
+        """Continue everything from the newest intact checkpoint.
+
+        Returns:
+            Its folder, or None where nothing was ever saved; and a sentence about each newer one that is damaged.
+
+        Raises:
+            RunError: no checkpoint is intact though there are some, or the newest is not of this run.
+        """
+        path, damaged = find_checkpoint(self.folder)
+        if path is None and damaged:
+            raise RunError(
+                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one from a copy, or begin "
+                "again in another --output-dir"
+            )
+        if path is not None:
+            try:
+                self._restore(path)
+            except (ValueError, KeyError) as error:
+                lack = "it lacks " if isinstance(error, KeyError) else ""
+                raise RunError(f"{path} does not fit this run: {lack}{error}") from error
+        return path, damaged
+
+    def _restore(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        now = self.accelerator.num_processes
+        if len(checkpoint.rng) != now:
+            raise ValueError(
+                f"it was saved by {len(checkpoint.rng)} processes and is resumed by {now}; resume with as many"
+            )
+        for name, part in self.parts.items():
+            if name not in checkpoint.counters:
+                raise ValueError(f"it holds no state of {name!r}; resume with the version and options it was saved by")
+            part.load_state_dict(checkpoint.counters[name])
+        set_rng_state(checkpoint.rng[self.accelerator.process_index])
+
+    def save(self, update: int, *, pinned: Collection[int]) -> None:
+        """Write the checkpoint of an update; all ranks call it, one writes.
+
+        Args:
+            update: the number of the last update.
+            pinned: updates whose checkpoints stay, however old.
+
+        Raises:
+            RunError: it could not be written (a full disk, most of all); the earlier ones are intact.
+        """
+        rng = gather_object([rng_state()])
+        if self.accelerator.is_main_process:
+            try:
+                save_checkpoint(
+                    self.folder,
+                    update,
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    counters={name: part.state_dict() for name, part in self.parts.items()},
+                    rng=rng,
+                    keep=self.keep,
+                    pinned=pinned,
+                )
+            except OSError as error:
+                reason = error.strerror if error.strerror and not error.filename else str(error)
+                raise RunError(f"{reason}; {how_to_go_on(self.folder)}") from error
+        self.accelerator.wait_for_everyone()
+
+    def load(self, update: int) -> None:
+        """Put the weights of an update's checkpoint into the model, and nothing else.
+
+        Raises:
+            RunError: there is none, or it is damaged.
+        """
+        try:
+            load_checkpoint(self.path(update), model=self.model)
+        except ValueError as error:
+            raise RunError(f"{error}; the same command with --resume ends with the newest weights instead") from error
+
+
+def how_to_go_on(checkpoints: Path) -> str:
+    """What a user does after the disk was full, as a half sentence."""
+    return f"make room, then the same command with --resume goes on from the newest checkpoint in {checkpoints}"

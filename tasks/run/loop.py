@@ -1,0 +1,327 @@
+"""What every training script shares, once: the run folder and the services of the loop.
+
+A run folder holds `config.json`, `metrics.jsonl` (one object a logged update), `checkpoints/`, and at the end
+`results.json`, `curve.png` and `model/`. A task's loop asks `Run` when to log, validate, save and stop.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from tqdm import tqdm
+
+from seqba.step import UpdateResult
+from tasks.cli.errors import RunError, writing
+from tasks.cli.files import write_json
+from tasks.run.checkpoints import Saver, Stateful, how_to_go_on
+from tasks.run.folder import RunFolder
+from tasks.run.guards import NonFiniteError, has_finite_weights, stop_signals
+from tasks.run.log import draw_curve, read_metrics
+from tasks.run.progress import Progress
+
+
+@dataclass
+class _Pending:
+    """An update whose tensors have not been read yet (reading them waits for the device)."""
+
+    update: int
+    result: UpdateResult
+    sample_ids: Sequence[int]
+
+
+@dataclass
+class Cadence:
+    """How often things happen, in updates."""
+
+    max_updates: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise RunError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass
+class Run:
+    """One training run and its folder.
+
+    Args:
+        accelerator: the run's Accelerator.
+        folder: the run folder, made where it does not exist.
+        config: all options, JSON values; a resumed run must have the same, `may_differ` aside.
+        cadence: how often it logs, validates and saves.
+        num_copies: M, for the count of instances seen.
+        max_norm: the clipping threshold, for the clip fraction; None where nothing is clipped.
+        resume: continue from the newest good checkpoint; where there is none, start at update 1 and say so.
+        may_differ: names of options that a resumed run may change.
+
+    Raises:
+        RunError: the folder already holds a run and `resume` is off, is resumed with another configuration, or cannot
+            be written into. Nothing is written into it before `attach`, so that a start refused later does not stand in
+            the way of the next.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    config: Mapping[str, Any]
+    cadence: Cadence
+    num_copies: int
+    max_norm: float | None = None
+    resume: bool = False
+    may_differ: Collection[str] = ()
+    progress: Progress = field(default_factory=Progress)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self._pending: _Pending | None = None
+        self._bar: tqdm | None = None
+        self._saved_update: int | None = None
+        self._last_time = time.perf_counter()
+        self._sample_ids: Sequence[int] = ()
+        self._files = RunFolder(self.folder, self.config, resume=self.resume, may_differ=self.may_differ)
+        self._open_folder()
+
+    # ---- the folder and its checkpoints
+
+    def say(self, text: str) -> None:
+        """A line for the user, from the first rank, without tearing the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stdout)
+
+    def writing(self, path: Path) -> AbstractContextManager[None]:
+        """Around what writes `path` once updates were done: a full disk becomes a `RunError` that says how to go on."""
+        return writing(path, remedy=how_to_go_on(self._files.checkpoints))
+
+    def _open_folder(self) -> None:
+        problem = None
+        if self.accelerator.is_main_process:
+            try:
+                self._files.open()
+            except RunError as error:
+                problem = str(error)
+        (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise RunError(problem)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, **parts: Stateful) -> None:
+        """Name what a checkpoint holds, and begin: at update 1, or after the newest good checkpoint.
+
+        Raises:
+            RunError: the run cannot be continued from what the folder holds.
+        """
+        self._saver = Saver(
+            self.accelerator,
+            self._files.checkpoints,
+            self.cadence.keep,
+            model=model,
+            optimizer=optimizer,
+            parts={"progress": self.progress, **parts},
+        )
+        if self.resume:
+            self._resume()
+        if self.accelerator.is_main_process:
+            self._files.begin(self.progress.update)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        path, damaged = self._saver.resume()
+        for text in damaged:
+            self.say(f"skipped a damaged checkpoint: {text}")
+        if path is None:
+            self.say("nothing to resume from: starting at update 1")
+            return
+        progress = self.progress
+        if progress.best_update is not None and not self._saver.is_good(progress.best_update):
+            self.say(f"the best checkpoint, of update {progress.best_update}, is gone: the best from here on is kept")
+            progress.best_update = progress.best_loss = None
+        self._saved_update = progress.update
+        self.say(f"resumed at update {progress.update} from {path}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the present update, unless it has one.
+
+        Raises:
+            NonFiniteError: a weight is nan or infinite; such a checkpoint would push a good one out.
+            RunError: the disk is full; the earlier checkpoints are intact.
+        """
+        self._read_pending()
+        if self._saved_update == self.progress.update:
+            return
+        if not has_finite_weights(self._saver.model):
+            raise self._non_finite(f"the weights after update {self.progress.update} are not finite")
+        best = self.progress.best_update
+        self._saver.save(self.progress.update, pinned=() if best is None else (best,))
+        self._saved_update = self.progress.update
+
+    def load_best(self) -> None:
+        """Put the weights with the lowest validation loss into the model."""
+        best = self.progress.best_update
+        if best is not None and best != self.progress.update:
+            self._saver.load(best)
+
+    # ---- the loop
+
+    def updates(self) -> Iterator[int]:
+        """The numbers of the updates still to do, until the last one, or until Ctrl-C or SIGTERM.
+
+        A stop is honoured between updates: the loop ends, a checkpoint is saved, `interrupted` is set.
+        """
+        self._last_time = time.perf_counter()
+        self._loop_start, self._tokens_at_start = self._last_time, self.progress.target_tokens
+        self._bar = tqdm(
+            total=self.cadence.max_updates,
+            initial=self.progress.update,
+            unit="update",
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
+            disable=not self.accelerator.is_main_process,
+        )
+        with stop_signals() as stop, self._bar:
+            while self.progress.update < self.cadence.max_updates:
+                yield self.progress.update + 1
+                self._bar.update(self.progress.update - self._bar.n)
+                if self._anywhere(bool(stop)):
+                    self.interrupted = True
+                    break
+            self._tick()
+            self.save()
+        if self.interrupted:
+            self.accelerator.end_training()
+            self.say(f"stopped after update {self.progress.update}; the same command with --resume continues it")
+
+    def record(self, update: int, result: UpdateResult, sample_ids: Sequence[int]) -> None:
+        """Count a finished update; `sample_ids` are the samples that this rank gave to it.
+
+        Raises:
+            NonFiniteError: an update's loss or gradient is nan or infinite. On an accelerator this is seen one
+                update later, so that nothing waits for it; always before a checkpoint is written.
+        """
+        self._read_pending()
+        self.progress.update = update
+        self._pending = _Pending(update, result, sample_ids)
+        self._sample_ids = sample_ids
+        if self.accelerator.device.type == "cpu":
+            self._read_pending()
+
+    def is_due(self, every: int) -> bool:
+        """Whether something with this cadence happens after the present update; always after the last one."""
+        return self.progress.update % every == 0 or self.progress.update == self.cadence.max_updates
+
+    def log(self, *, lr: float, valid_loss: float | None = None) -> None:
+        """Write a metrics row where one is due, and note the validation loss (nats per target)."""
+        if valid_loss is None and not self.is_due(self.cadence.log_every):
+            return
+        self._read_pending()
+        self._tick()
+        row = self.progress.close_window(lr=lr)
+        row["loss"] = self._sum_over_ranks(row["loss"])
+        if valid_loss is not None:
+            if not math.isfinite(valid_loss):
+                raise self._non_finite(f"the validation loss after update {self.progress.update} is {valid_loss}")
+            row["valid_loss"] = valid_loss
+            self.progress.note_validation(valid_loss)
+        if self.accelerator.is_main_process:
+            with self.writing(self._files.metrics_file), self._files.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.accelerator.log({k: v for k, v in row.items() if k != "update" and v is not None}, step=row["update"])
+
+    def save_if_due(self) -> None:
+        """Save at the cadence, and whenever the validation loss is the lowest so far."""
+        if self.is_due(self.cadence.save_every) or self.progress.best_update == self.progress.update:
+            self.save()
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write `results.json` and `curve.png`."""
+        self._tick()
+        if self.accelerator.is_main_process:
+            shared = {
+                "updates": self.progress.update,
+                "best_update": self.progress.best_update,
+                "valid_loss": self.progress.best_loss,
+                "unique_samples": self.progress.unique_samples,
+                "seen_instances": self.progress.seen_instances,
+                "target_tokens": self.progress.target_tokens,
+                "num_copies": self.num_copies,
+                "num_processes": self.accelerator.num_processes,
+                "num_threads": torch.get_num_threads(),
+                "seconds": self.progress.seconds,
+            }
+            with self.writing(self.folder):
+                draw_curve(read_metrics(self._files.metrics_file), self.folder / "curve.png", title=self.folder.name)
+                write_json(self.folder / "results.json", {**shared, **results})
+        self.accelerator.end_training()
+
+    # ---- inside
+
+    def _read_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss, norm = float(pending.result.loss), float(pending.result.grad_norm)
+        # with fp16 an infinite gradient is the loss scaler's business: it skips the step and scales down
+        if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
+            what = f"update {pending.update}: loss {loss}, gradient norm {norm}, not finite"
+            raise self._non_finite(what, pending.sample_ids)
+        self.progress.count(
+            loss=loss,
+            norm=norm,
+            samples=int(pending.result.num_samples),
+            targets=int(pending.result.num_targets),
+            num_copies=self.num_copies,
+            max_norm=self.max_norm,
+        )
+        self._show(loss * self.accelerator.num_processes)
+
+    def _non_finite(self, what: str, sample_ids: Sequence[int] | None = None) -> NonFiniteError:
+        """The error for `what`; the samples are by default those of the newest update."""
+        ids = self._sample_ids if sample_ids is None else sample_ids
+        newest = self._saver.newest()
+        return NonFiniteError(what, sample_ids=ids, rank=self.accelerator.process_index, checkpoint=newest)
+
+    def _sum_over_ranks(self, loss: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return loss
+        return float(self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "sum"))
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._last_time
+        self._last_time = now
+
+    def _anywhere(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum"))
+
+    def _show(self, loss: float) -> None:
+        """Refresh the progress bar's figures: the newest loss, targets a second, samples met and their copies."""
+        if self._bar is None:
+            return
+        elapsed = max(time.perf_counter() - self._loop_start, 1e-9)
+        rate = (self.progress.target_tokens - self._tokens_at_start) / elapsed
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, {rate:,.0f} tokens/s, {self.progress.unique_samples:,} unique, "
+            f"{self.progress.seen_instances:,} seen",
+            refresh=False,
+        )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Set the rate of the coming update: a schedule is a function of the update, and nobody else advances it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -1,0 +1,1 @@
+"""Scores of text, each with what makes it comparable."""

@@ -1,0 +1,1 @@
+"""Text: parallel files, data sets, the vocabulary, ids."""

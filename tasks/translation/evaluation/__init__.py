@@ -1,0 +1,1 @@
+"""Everything of `scripts/eval_bleu.py`."""
