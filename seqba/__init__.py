@@ -11,22 +11,26 @@ from seqba.audit import MaskAudit as MaskAudit
 from seqba.audit import Operation as Operation
 from seqba.audit import audit_masks as audit_masks
 from seqba.audit import check_copies_differ as check_copies_differ
+from seqba.carried import CarriedState as CarriedState
 from seqba.checkpoint import Checkpoint as Checkpoint
 from seqba.checkpoint import find_checkpoint as find_checkpoint
 from seqba.checkpoint import load_checkpoint as load_checkpoint
 from seqba.checkpoint import save_checkpoint as save_checkpoint
 from seqba.collator import BatchAugmentationCollator as BatchAugmentationCollator
+from seqba.context import copies_of_pass as copies_of_pass
+from seqba.context import current_batch as current_batch
+from seqba.context import current_copies as current_copies
+from seqba.context import shared_draws as shared_draws
 from seqba.draws.generators import rng_state as rng_state
 from seqba.draws.generators import set_rng_state as set_rng_state
-from seqba.draws.operations import shared_draws as shared_draws
-from seqba.draws.streams import copies_of_pass as copies_of_pass
 from seqba.draws.streams import copy_streams as copy_streams
-from seqba.draws.streams import current_copies as current_copies
 from seqba.errors import StreamError as StreamError
 from seqba.errors import UnsupportedError as UnsupportedError
+from seqba.groups import CopyGroup as CopyGroup
 from seqba.loss import count_targets as count_targets
 from seqba.loss import linear_cross_entropy as linear_cross_entropy
 from seqba.loss import token_cross_entropy as token_cross_entropy
+from seqba.passes import plan_passes as plan_passes
 from seqba.repeat import copy_ids as copy_ids
 from seqba.repeat import fold as fold
 from seqba.repeat import repeat_batch as repeat_batch
@@ -34,7 +38,6 @@ from seqba.repeat import unfold as unfold
 from seqba.sampler import TokenBatchSampler as TokenBatchSampler
 from seqba.step import TrainStep as TrainStep
 from seqba.step import UpdateResult as UpdateResult
-from seqba.step import plan_passes as plan_passes
 
 if TYPE_CHECKING:
     from seqba.trainer import BatchAugmentationArguments as BatchAugmentationArguments

@@ -1,26 +1,31 @@
-"""The plan of an update: M copies in passes of K, and finding the largest K that memory holds.
+"""The passes of an update: which copies stand in each, what surrounds one, and doing them again where memory ran out.
 
-M is fused (`copies_per_pass` M), 1 accumulates one copy after the other, K in between need not divide M. "auto"
-starts at M and halves on out-of-memory. Whatever runs a pass (`TrainStep`, the Trainer) stands on this one file.
+M copies go through the network K at a time (`copies_per_pass`): M is fused, 1 accumulates one copy after the other, K
+in between need not divide M. "auto" starts at M and halves on out-of-memory. `TrainStep` and the Trainer both run
+their passes here.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from seqba.context import copies_of_pass
 from seqba.draws.generators import rng_state, set_rng_state
-from seqba.repeat import largest_tensor
+from seqba.draws.streams import copy_streams
+from seqba.groups import CopyGroup
+from seqba.repeat import count_samples, largest_tensor
 
 logger = logging.getLogger(__name__)
 
 CopiesPerPass = int | Literal["auto"]
-ResultT = TypeVar("ResultT")
+Snapshot = Callable[[], Callable[[], None]]  # remembers something as it is, and returns what puts it back
 
 
 def plan_passes(copies: Sequence[int], copies_per_pass: int) -> list[tuple[int, ...]]:
@@ -42,30 +47,23 @@ def plan_passes(copies: Sequence[int], copies_per_pass: int) -> list[tuple[int, 
 
 
 class CopyPlan:
-    """How many copies stand in a pass, and the halving of that number when memory runs out.
+    """How many of a rank's copies stand in a pass.
 
     Args:
-        num_copies: M.
-        copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same passes
-            again from the state they began with (generators, buffers, gradients), so that the result is bitwise
-            that of having started there. The smaller K is kept, and said once through `logging`. With several ranks
-            they agree on K before any gradient is reduced: batches larger than any before them are tried without
-            reduction first.
+        copies: of the rank (`CopyGroup.copies`); all M where it is alone in its group.
+        copies_per_pass: K from 1 to their number, or "auto": all of them, until memory runs out and K is halved.
 
     Raises:
-        ValueError: `num_copies` or `copies_per_pass` out of range.
+        ValueError: no copies, or `copies_per_pass` out of range.
     """
 
-    def __init__(self, num_copies: int, copies_per_pass: CopiesPerPass) -> None:
-        if num_copies < 1:
-            raise ValueError(f"num_copies must be at least 1, got {num_copies}")
-        if copies_per_pass != "auto":
-            plan_passes(range(num_copies), copies_per_pass)
-        self.copies = tuple(range(num_copies))
+    def __init__(self, copies: Sequence[int], copies_per_pass: CopiesPerPass) -> None:
+        if not copies:
+            raise ValueError("num_copies must be at least 1, got no copies")
+        self.copies = tuple(copies)
         self.is_auto = copies_per_pass == "auto"
-        self.copies_per_pass = num_copies if copies_per_pass == "auto" else copies_per_pass
-        self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
-        self._beside: list[tuple[int, int]] = []  # and that fitted beside the gradients of earlier batches
+        self.copies_per_pass = len(self.copies) if copies_per_pass == "auto" else copies_per_pass
+        plan_passes(self.copies, self.copies_per_pass)
 
     @property
     def passes(self) -> list[tuple[int, ...]]:
@@ -77,48 +75,6 @@ class CopyPlan:
         """Whether out-of-memory would halve K."""
         return self.is_auto and self.copies_per_pass > 1
 
-    def is_larger_than_tried(self, batch: Any) -> bool:
-        """Whether no batch at least as large in both its numbers and its longest side has fitted yet."""
-        return _is_larger(batch, self._tried)
-
-    def run(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        batches: Sequence[Any],
-        attempt: Callable[[bool], ResultT],
-        *,
-        try_first: bool,
-    ) -> ResultT:
-        """Do the passes over `batches`, with as many copies in each as memory holds.
-
-        Args:
-            accelerator: names the ranks and the device.
-            model: whose gradients and buffers the passes change.
-            batches: what the passes run over, unrepeated.
-            attempt: does all of `passes`; its argument says whether ranks reduce their gradients at the end.
-            try_first: with several ranks, find a K that fits all of them before any of them reduces. Must be the
-                same on every rank: whether `is_larger_than_tried` holds for a batch of any of them.
-        """
-        has_ranks = accelerator.num_processes > 1
-        if not self.may_shrink:
-            return attempt(True)
-        if has_ranks:
-            if try_first:
-                self._try_on_all_ranks(accelerator, model, attempt)
-                self._tried += [largest_tensor(batch) for batch in batches if self.is_larger_than_tried(batch)]
-            return attempt(True)
-        beside = any(parameter.grad is not None for parameter in model.parameters())
-        larger = [batch for batch in batches if _is_larger(batch, self._beside)]
-        if beside and not larger:
-            return attempt(True)  # it fits, and keeping a copy of the gradients would cost as much memory again
-        start = PassState.of(model)
-        while (fitted := self._attempt(attempt, reduce=True, must_fit=self.copies_per_pass == 1)) is None:
-            self._halve(model, start)
-        if beside:
-            self._beside += [largest_tensor(batch) for batch in larger]
-        return fitted[0]
-
     def state_dict(self) -> dict[str, Any]:
         """The copies in a pass that "auto" has come to, so that a resumed run goes on with them."""
         return {"copies_per_pass": self.copies_per_pass}
@@ -128,39 +84,185 @@ class CopyPlan:
         if self.is_auto:
             self.copies_per_pass = min(int(state["copies_per_pass"]), len(self.copies))
 
-    def _try_on_all_ranks(self, accelerator: Accelerator, model: nn.Module, attempt: Callable[[bool], Any]) -> None:
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward: its copies, its batch among this rank's of the update, and its batch's shard."""
+
+    copies: tuple[int, ...]
+    batch: int
+    shard: int
+    is_last: bool
+
+
+class PassLoop:
+    """The one loop over batches and passes.
+
+    Where K may shrink and memory runs out, the passes are undone and done again with half the copies, from the state
+    that they began with: gradients, buffers, generators, and what `carried` remembers. So the result is bitwise that
+    of having started with the smaller K, which is kept, and said once through `logging`. Several ranks agree on K
+    before any of them reduces a gradient: batches larger than any before them are tried without reduction first.
+
+    Args:
+        accelerator: names the device, and defers the reduction of gradients.
+        plan: K.
+        group: this rank's shards.
+        copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy).
+        carried: snapshots of what else a pass changes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        plan: CopyPlan,
+        group: CopyGroup,
+        *,
+        copy_seed: int | None = None,
+        carried: Sequence[Snapshot] = (),
+    ) -> None:
+        self.accelerator, self.plan, self.group = accelerator, plan, group
+        self.copy_seed, self.carried = copy_seed, carried
+        self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
+        self._beside: list[tuple[int, int]] = []  # and that fitted beside the gradients of earlier batches
+
+    def must_try(self, batches: Sequence[Any]) -> bool:
+        """Whether one of these batches is larger than all that have fitted, and so might not fit with K copies."""
+        return self.plan.may_shrink and any(_is_larger(batch, self._tried) for batch in batches)
+
+    def passes(self, num_batches: int, *, first: int = 0, of: int | None = None) -> Iterator[Pass]:
+        """The passes over `num_batches` of this rank's batches, in order.
+
+        Args:
+            num_batches: how many.
+            first: the index of the first of them in the update.
+            of: all batches of this rank in the update, where there are more.
+        """
+        plan = self.plan.passes
+        for batch in range(first, first + num_batches):
+            shard = self.group.shard(batch, of or num_batches)
+            for i, copies in enumerate(plan):
+                yield Pass(copies, batch, shard, is_last=batch == first + num_batches - 1 and i == len(plan) - 1)
+
+    @contextmanager
+    def surrounding(
+        self, one: Pass, batch: Any, model: nn.Module, update: int, *, reduce: bool = True
+    ) -> Iterator[None]:
+        """What stands around a pass: its copies in the context, their streams, and no reduction but in the last one."""
+        with ExitStack() as stack:
+            if not (one.is_last and reduce):
+                stack.enter_context(self.accelerator.no_sync(model))
+            if self.copy_seed is None:
+                stack.enter_context(copies_of_pass(one.copies, batch=one.batch))
+            else:
+                samples = count_samples(batch) if len(one.copies) > 1 else None
+                stack.enter_context(
+                    copy_streams(
+                        one.copies,
+                        seed=self.copy_seed,
+                        update=update,
+                        shard=one.shard,
+                        batch=one.batch,
+                        num_samples=samples,
+                    )
+                )
+            yield
+
+    def run(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        run_pass: Callable[[Pass, Any], Tensor],
+        *,
+        update: int,
+        first: int = 0,
+        of: int | None = None,
+        try_first: bool = False,
+    ) -> Tensor:
+        """Do all passes over `batches`, with as many copies in each as memory holds.
+
+        Args:
+            model: whose gradients and buffers the passes change.
+            batches: unrepeated.
+            run_pass: forward and backward of one pass over one batch; returns its detached part of the loss.
+            update: its number.
+            first, of: as of `passes`.
+            try_first: with several ranks, find a K that fits all of them before any of them reduces. Must be the
+                same on every rank: whether `must_try` holds on any of them.
+
+        Returns:
+            The sum of what `run_pass` returned.
+        """
+
+        def attempt(reduce: bool) -> Tensor:
+            parts = []
+            for one in self.passes(len(batches), first=first, of=of):
+                batch = batches[one.batch - first]
+                with self.surrounding(one, batch, model, update, reduce=reduce):
+                    parts.append(run_pass(one, batch))
+            return sum(parts[1:], start=parts[0])
+
+        if not self.plan.may_shrink:
+            return attempt(True)
+        if self.accelerator.num_processes > 1:
+            if try_first:
+                self._try_on_all_ranks(model, attempt)
+                self._tried += [largest_tensor(batch) for batch in batches if _is_larger(batch, self._tried)]
+            return attempt(True)
+        beside = any(parameter.grad is not None for parameter in model.parameters())
+        larger = [batch for batch in batches if _is_larger(batch, self._beside)]
+        if beside and not larger:
+            return attempt(True)  # it fits, and keeping a copy of the gradients would cost as much memory again
+        undo = self._snapshot(model)
+        while (fitted := self._attempt(attempt, reduce=True, must_fit=self.plan.copies_per_pass == 1)) is None:
+            self._halve(undo)
+        if beside:
+            self._beside += [largest_tensor(batch) for batch in larger]
+        return fitted
+
+    def _snapshot(self, model: nn.Module) -> Callable[[], None]:
+        state, others = PassState.of(model), [snapshot() for snapshot in self.carried]
+
+        def undo() -> None:
+            state.restore(model)
+            for restore in others:
+                restore()
+
+        return undo
+
+    def _try_on_all_ranks(self, model: nn.Module, attempt: Callable[[bool], Tensor]) -> None:
         """Find a K that fits everywhere, by doing the passes without reducing gradients; then undo them."""
-        start = PassState.of(model)
+        undo = self._snapshot(model)
         while True:
             failed = self._attempt(attempt, reduce=False, must_fit=False) is None
-            anywhere: Tensor = accelerator.reduce(torch.tensor(int(failed), device=accelerator.device), "sum")
+            anywhere: Tensor = self.accelerator.reduce(torch.tensor(int(failed), device=self.accelerator.device), "sum")
             if not bool(anywhere):
-                start.restore(model)
+                undo()
                 return
-            self._halve(model, start)
+            self._halve(undo)
 
-    def _attempt(self, attempt: Callable[[bool], ResultT], *, reduce: bool, must_fit: bool) -> tuple[ResultT] | None:
+    def _attempt(self, attempt: Callable[[bool], Tensor], *, reduce: bool, must_fit: bool) -> Tensor | None:
         """The result, or None where memory ran out. The exception is gone on return, and what it kept alive."""
         try:
-            return (attempt(reduce),)
+            return attempt(reduce)
         except RuntimeError as error:
             if must_fit or not is_out_of_memory(error):
                 raise
         return None
 
-    def _halve(self, model: nn.Module, start: "PassState") -> None:
-        if self.copies_per_pass == 1:
+    def _halve(self, undo: Callable[[], None]) -> None:
+        before = self.plan.copies_per_pass
+        if before == 1:
             raise torch.OutOfMemoryError(
                 "one copy a pass, the smallest plan, is out of memory. Some rank could not hold it; give each batch "
                 "fewer samples"
             )
-        start.restore(model)
+        undo()
         clear_device_cache(garbage_collection=True)
-        before, self.copies_per_pass = self.copies_per_pass, self.copies_per_pass // 2
+        self.plan.copies_per_pass = before // 2
         logger.warning(
             "out of memory with %d copies in a pass; this update is done again, and the run goes on, with %d",
             before,
-            self.copies_per_pass,
+            self.plan.copies_per_pass,
         )
 
 

@@ -7,7 +7,6 @@ the other, K in between need not divide M. No plan changes the size of the gradi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from seqba.draws.streams import copies_of_pass, copy_streams
-from seqba.loss import count_targets
-from seqba.passes import CopiesPerPass, CopyPlan
-from seqba.passes import plan_passes as plan_passes
+from seqba.carried import CarriedState
+from seqba.groups import CopyGroup
+from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
 from seqba.repeat import count_samples, repeat_batch
 
 
@@ -30,13 +28,13 @@ def take_repeated(batch: Any, copies: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update measured: 0-dim tensors on the device, so that nothing waits for them here.
+    """What an update measured, over all ranks: 0-dim tensors on the device, so that nothing waits for them here.
 
     Attributes:
-        loss: this rank's part of the loss; the sum over ranks is the update's loss in nats per target.
-        grad_norm: L2 norm of the whole gradient before clipping; the same on every rank.
-        num_targets: the denominator: target tokens (or samples) of all ranks, every copy counted.
-        num_samples: samples of all ranks, each counted once.
+        loss: the loss, per target.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        num_targets: the denominator: target tokens (or samples), every copy counted.
+        num_samples: samples, each counted once.
         copies_per_pass: the K that was used.
     """
 
@@ -55,21 +53,21 @@ class TrainStep:
         model: as `accelerator.prepare` returned it.
         optimizer: as `accelerator.prepare` returned it.
         loss_fn: (model, rows) -> the loss summed over the rows' targets, 0-dim.
+        count_fn: rows -> the number of those targets, such as `count_targets(rows["labels"])`. A causal model predicts
+            label t+1 at position t, so it has one target a row fewer: `count_targets(rows["labels"][:, 1:])`.
         num_copies: M.
         copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same update
-            again from the state it began with (generators, buffers, gradients), so that the result is bitwise
-            that of having started there. The smaller K is kept, and said once through `logging`. With several ranks
-            they agree on K before any gradient is reduced: an update larger than any before it is tried
-            without reduction first.
+            again from the state it began with (`seqba.passes.PassLoop`).
+        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies.
         max_norm: clip the gradient to this L2 norm; None leaves it.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy): `copy_streams`.
             None leaves dropout to torch's own generators.
-        count_fn: rows -> the number of targets, by default labels other than -100.
         take_copies: (batch, copies) -> the rows of one pass, by default the batch repeated `len(copies)` times.
+        carried: hidden states that `loss_fn` takes and keeps.
 
     Raises:
-        ValueError: `num_copies` or `copies_per_pass` out of range, `max_norm` not positive, or an accelerator that
-            divides losses itself.
+        ValueError: `num_copies`, `copies_per_pass` or `ranks_per_group` out of range, `max_norm` not positive, or an
+            accelerator that divides losses itself.
     """
 
     def __init__(
@@ -79,14 +77,17 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor],
+        count_fn: Callable[[Any], Tensor | int],
         num_copies: int = 1,
         copies_per_pass: CopiesPerPass = "auto",
+        ranks_per_group: int = 1,
         max_norm: float | None = None,
         copy_seed: int | None = None,
-        count_fn: Callable[[Any], Tensor] | None = None,
         take_copies: Callable[[Any, tuple[int, ...]], Any] = take_repeated,
+        carried: Sequence[CarriedState] = (),
     ) -> None:
-        self.plan = CopyPlan(num_copies, copies_per_pass)
+        self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
+        self.plan = CopyPlan(self.group.copies, copies_per_pass)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
         if accelerator.gradient_accumulation_steps != 1:
@@ -96,33 +97,39 @@ class TrainStep:
                 "step, which divides once"
             )
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn or _count_labels, take_copies
-        self.max_norm, self.copy_seed = max_norm, copy_seed
+        self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn, take_copies
+        self.max_norm = max_norm
+        snapshots = [state.snapshot for state in carried]
+        self._loop = PassLoop(accelerator, self.plan, self.group, copy_seed=copy_seed, carried=snapshots)
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
         """Do update number `update` on this rank's batches of B samples each (several: accumulation).
 
         Batches are unrepeated and on the device. Every rank must give the same number of them.
-        """
-        targets = sum(torch.as_tensor(self.count_fn(batch)).to(self.accelerator.device) for batch in batches)
-        samples = sum(count_samples(batch) or 0 for batch in batches)
-        is_new = self.plan.may_shrink and any(self.plan.is_larger_than_tried(batch) for batch in batches)
-        local = torch.tensor([0, samples, int(is_new)], device=self.accelerator.device)
-        local[0] = targets * len(self.plan.copies)
-        num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
-        denominator = num_targets.clamp(min=1)
 
-        try_first = self.plan.may_shrink and self.accelerator.num_processes > 1 and bool(ranks_to_try)
-        loss = self.plan.run(
-            self.accelerator,
-            self.model,
-            batches,
-            lambda reduce: self._accumulate(batches, update, denominator, reduce=reduce),
-            try_first=try_first,
-        )
+        Raises:
+            TypeError: `batches` is no list or tuple.
+            ValueError: it is empty.
+        """
+        if not isinstance(batches, (list, tuple)):
+            raise TypeError(
+                f"batches must be a list of the update's batches, got a {type(batches).__name__}; one batch is [batch]"
+            )
+        if not batches:
+            raise ValueError("batches must hold at least one batch, got none")
+        denominator, num_targets, num_samples, try_first = self._count(batches)
+
+        def run_pass(one: Pass, batch: Any) -> Tensor:
+            nll = self.loss_fn(self.model, self.take_copies(batch, one.copies)) / denominator
+            # ranks average their gradients; the sum over them is wanted
+            self.accelerator.backward(nll * self.accelerator.num_processes)
+            return nll.detach()
+
+        loss = self._loop.run(self.model, batches, run_pass, update=update, try_first=try_first)
         grad_norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        loss = self.accelerator.reduce(loss, "sum")
         return UpdateResult(loss, grad_norm, num_targets, num_samples, self.plan.copies_per_pass)
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,26 +140,16 @@ class TrainStep:
         """Go on with the plan of `state`, where this one may change by itself."""
         self.plan.load_state_dict(state)
 
-    def _accumulate(self, batches: Sequence[Any], update: int, denominator: Tensor, *, reduce: bool = True) -> Tensor:
-        """All passes of the update; gradients are reduced over ranks in the last one only."""
-        loss = torch.zeros((), device=self.accelerator.device)
-        first_shard = self.accelerator.process_index * len(batches)
-        passes = [(i, copies) for i in range(len(batches)) for copies in self.plan.passes]
-        for number, (i, copies) in enumerate(passes):
-            is_last = number == len(passes) - 1
-            sync = nullcontext() if is_last and reduce else self.accelerator.no_sync(self.model)
-            with sync, self._copies(batches[i], copies, update, first_shard + i):
-                nll = self.loss_fn(self.model, self.take_copies(batches[i], copies)) / denominator
-                # ranks average their gradients; the sum over them is wanted
-                self.accelerator.backward(nll * self.accelerator.num_processes)
-            loss += nll.detach()
-        return loss
-
-    def _copies(self, batch: Any, copies: tuple[int, ...], update: int, shard: int) -> AbstractContextManager[None]:
-        if self.copy_seed is None:
-            return copies_of_pass(copies)
-        samples = count_samples(batch)
-        return copy_streams(copies, seed=self.copy_seed, update=update, shard=shard, num_samples=samples)
+    def _count(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The denominator, targets and samples of all ranks, and whether some rank must try its batches first."""
+        device = self.accelerator.device
+        targets = sum(torch.as_tensor(self.count_fn(batch)).to(device) for batch in batches)
+        samples = sum(count_samples(batch) or 0 for batch in batches) if self.group.counts_samples else 0
+        local = torch.tensor([0, samples, int(self._loop.must_try(batches))], device=device)
+        local[0] = targets * len(self.group.copies)
+        num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
+        may_try = self.plan.may_shrink and self.accelerator.num_processes > 1  # else nothing waits for the device
+        return num_targets.clamp(min=1), num_targets, num_samples, may_try and bool(ranks_to_try)
 
     def _clip(self) -> Tensor:
         """The gradient's L2 norm before clipping, unscaled once and for all copies (fp16)."""
@@ -162,7 +159,3 @@ class TrainStep:
         self.accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _count_labels(batch: Any) -> Tensor:
-    return count_targets(batch["labels"])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
 from seqba.audit.report import INACTIVE, PER_COPY, SHARED
-from seqba.draws.streams import current_copies
+from seqba.context import current_copies
 
 B, D = 3, 5
 

@@ -351,7 +351,7 @@ def test_gradients_are_reduced_once_an_update_whatever_the_plan(two_ranks):
     for rank in two_ranks:
         assert min(rank["buckets"]) > 1
         assert rank["hooks"] == rank["buckets"]
-        assert set(rank["reductions"]) == {1}  # of the counts
+        assert set(rank["reductions"]) == {2}  # of the counts, and of the loss
 
 
 DISPATCH = """
@@ -394,9 +394,9 @@ def test_wrong_arguments_name_the_value_and_the_limit():
     accelerator = Accelerator(cpu=True)
 
     def build(**options):
-        return TrainStep(accelerator, model, Kept(model), loss_fn=summed_nll, **options)
+        return TrainStep(accelerator, model, Kept(model), loss_fn=summed_nll, count_fn=count, **options)
 
-    with pytest.raises(ValueError, match="num_copies must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_copies must be a whole number of at least 1, got 0"):
         build(num_copies=0)
     with pytest.raises(ValueError, match="from 1 to the number of copies, 4, got 5"):
         build(num_copies=4, copies_per_pass=5)
@@ -427,7 +427,7 @@ def test_the_step_repeats_what_the_collator_would():
         return summed_nll(model, rows)
 
     model = marian()
-    step = TrainStep(Accelerator(cpu=True), model, Kept(model), loss_fn=loss_fn, num_copies=3, copies_per_pass=2)
+    step = TrainStep(Accelerator(cpu=True), model, Kept(model), loss_fn=loss_fn, count_fn=count, num_copies=3, copies_per_pass=2)
     step([batch], update=1)
     for rows, copies in zip(seen, (2, 1), strict=True):
         for name, x in repeat_batch(batch, copies).items():

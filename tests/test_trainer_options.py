@@ -113,7 +113,7 @@ def test_the_options_parse_from_the_command_line():
 
 
 def test_the_options_reach_the_trainer_in_one_object_or_one_by_one(tmp_path):
-    one = make(tmp_path, llama(), ba_args=BatchAugmentationArguments(ba_m=4, copies_per_pass="2"))
+    one = make(tmp_path, llama(), ba_args=BatchAugmentationArguments(ba_m=4, copies_per_pass=2))
     other = make(tmp_path, llama(), ba_m=4, copies_per_pass=2)
     assert one.ba_args == other.ba_args
     assert make(tmp_path, llama()).ba_args.ba_m == 1
@@ -126,8 +126,8 @@ def test_the_options_reach_the_trainer_in_one_object_or_one_by_one(tmp_path):
     [
         ({"ba_m": 0}, "ba_m must be a whole number of at least 1, got 0"),
         ({"ba_m": True}, "ba_m must be a whole number of at least 1, got True"),
-        ({"ba_m": 4, "copies_per_pass": 5}, "from 1 to the number of copies, 4, got 5"),
-        ({"ba_m": 4, "copies_per_pass": 0}, "from 1 to the number of copies, 4, got 0"),
+        ({"ba_m": 4, "copies_per_pass": 5}, "auto or from 1 to ba_m 4, got 5"),
+        ({"ba_m": 4, "copies_per_pass": 0}, "auto or from 1 to ba_m 4, got 0"),
         ({"ba_m": 4, "copies_per_pass": "some"}, "copies_per_pass must be auto or from 1 to ba_m 4, got some"),
     ],
 )

@@ -14,7 +14,7 @@ from seqba.audit.report import INACTIVE, PER_COPY, SHARED, MaskAudit, Operation,
 from seqba.audit.state import OwnGenerators, bare, undisturbed
 from seqba.audit.trace import STOCHASTIC_DEPTH, Findings, Site, Trace, Tracer, growing_axis
 from seqba.audit.variance import HeldDraws, HeldPass, RunHeld, copies_differ_unseen, cuttable_kernels, total_effects
-from seqba.draws.streams import copies_of_pass
+from seqba.context import copies_of_pass
 from seqba.repeat import count_samples, repeat_batch, unfold
 
 UNSEEN = "randomness outside torch"

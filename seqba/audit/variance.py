@@ -23,14 +23,14 @@ from seqba.audit.state import OwnGenerators
 from seqba.audit.trace import Findings, Site, draws_nothing, site_of
 from seqba.draws.callers import RECURRENT_DROPOUT
 from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall
-from seqba.draws.streams import _CopyStreams, _mix
+from seqba.draws.streams import CopyStreams, mix
 
 _PASSES = 4  # passes that each variance is averaged over
 # Copies under equal draws still differ by rounding, since kernels add in another order in other rows.
 _ROUNDING = 1e-5
 
 
-class HeldDraws(_CopyStreams):
+class HeldDraws(CopyStreams):
     """Draws every number from a seed, with copies that differ in the draws of some sites only.
 
     Args:
@@ -70,7 +70,7 @@ class HeldDraws(_CopyStreams):
         site = site_of(call, self.modules)
         place = self._places.get(site, 0)
         self._places[site], self._order = place + 1, self._order + 1
-        key = _mix(self.seed, self._order)
+        key = mix(self.seed, self._order)
         if site not in self.findings.per_copy or self.findings.is_shared(site, place):
             return self.draw(call, key)
         axis = self.findings.axes.get((site, place))

@@ -6,8 +6,6 @@ rewriting for its dropout to be seen, cut into rows or drawn again.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -242,29 +240,3 @@ class RandomOps(TorchDispatchMode):
             call.row_dim, call.packed = caller.row_dim, caller.packed
         self._num_draws += kind not in (FUSED_ATTENTION, CUDNN_RNN) or call.drops_out
         return self.on_draw(call)
-
-
-_shared_depth = 0
-
-
-@contextmanager
-def shared_draws() -> Iterator[None]:
-    """State that what is drawn inside is meant to be one draw for all copies of a pass.
-
-    For a module whose mask has no rows: a dropped position table (1, T, D), LayerDrop over a vector, a permutation.
-    `copy_streams` then draws it from (seed, update, shard), without the copy, in one piece.
-
-    >>> with shared_draws():
-    ...     mask = torch.rand(1, 5, 3) < 0.9
-    """
-    global _shared_depth
-    _shared_depth += 1
-    try:
-        yield
-    finally:
-        _shared_depth -= 1
-
-
-def draws_are_shared() -> bool:
-    """Whether the code that asks runs inside `shared_draws`."""
-    return _shared_depth > 0

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seqba.context import copies_of_pass, draws_are_shared
 from seqba.draws.operations import (
     CUDNN_RNN,
     FUSED_ATTENTION,
@@ -21,13 +22,11 @@ from seqba.draws.operations import (
     UNKNOWN,
     RandomCall,
     RandomOps,
-    draws_are_shared,
 )
 from seqba.errors import StreamError
 
 _MASK_64 = (1 << 64) - 1
 _SHARED = -1  # in place of a copy's number, for draws that the copies share
-_ambient: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,37 +48,9 @@ class _Entry:
         )
 
 
-def current_copies() -> tuple[int, ...] | None:
-    """The copies whose rows the running pass holds, in order, or None outside a training pass.
-
-    A module that draws one mask per copy reads it: `len(current_copies())` blocks of rows follow each other.
-    It is the same for the whole process, so that a backward pass that recomputes activations on a thread
-    of its own (gradient checkpointing under CUDA) reads it too.
-
-    >>> with copies_of_pass((0, 1, 2)):
-    ...     current_copies()
-    (0, 1, 2)
-    """
-    return _ambient
-
-
-@contextmanager
-def copies_of_pass(copies: Sequence[int]) -> Iterator[None]:
-    """Tell modules (through `current_copies`) which copies the pass inside holds. Changes no random draw."""
-    global _ambient
-    _check_copies(copies)
-    if _ambient is not None:
-        raise RuntimeError(f"a pass over copies {_ambient} is already running; passes do not nest")
-    _ambient = tuple(copies)
-    try:
-        yield
-    finally:
-        _ambient = None
-
-
 @contextmanager
 def copy_streams(
-    copies: Sequence[int], *, seed: int, update: int, shard: int = 0, num_samples: int | None = None
+    copies: Sequence[int], *, seed: int, update: int, shard: int = 0, batch: int = 0, num_samples: int | None = None
 ) -> Iterator[None]:
     """Draw every random number of the pass inside from the stream of the copy whose rows it is for.
 
@@ -97,6 +68,7 @@ def copy_streams(
             (2,) for one pass of an accumulated update.
         seed, update: any integers; the run's seed and the number of the update.
         shard: the index of the B-sample batch inside the update: ranks (or groups of ranks) times accumulation.
+        batch: its index among this rank's own, which draws nothing: `current_batch()` says it.
         num_samples: B, where known: a draw must then have len(copies) rows or a multiple of len(copies) * B
             (heads folded into rows, (M*B*H, T, S)); without it, any multiple of len(copies) is taken.
 
@@ -118,21 +90,30 @@ def copy_streams(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1 where it is given, got {num_samples}")
     with ExitStack() as stack:
-        stack.enter_context(copies_of_pass(copies))
+        stack.enter_context(copies_of_pass(copies, batch=batch))
         if torch.cuda.is_available():
             # the fused kernels draw inside; the math backend's dropout is an operation that can be cut into rows
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         entry = _Entry.now()
-        torch.default_generator.manual_seed(_mix(seed, update, shard))
+        torch.default_generator.manual_seed(mix(seed, update, shard))
         try:
-            with _CopyStreams(tuple(copies), num_samples):
+            with CopyStreams(tuple(copies), num_samples):
                 yield
         finally:
             torch.default_generator.set_state(entry.torch_state)
         _refuse_other_generators(entry)
 
 
-class _CopyStreams(RandomOps):
+class CopyStreams(RandomOps):
+    """Cuts every draw into the blocks of the copies, and draws each from its copy's stream of torch's next key.
+
+    What `copy_streams` enters, without the seeding of the default generator and the look at other generators.
+
+    Args:
+        copies: in the order of their blocks of rows.
+        num_samples: B, where known.
+    """
+
     def __init__(self, copies: tuple[int, ...], num_samples: int | None) -> None:
         super().__init__()
         self.copies = copies
@@ -140,6 +121,7 @@ class _CopyStreams(RandomOps):
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def on_draw(self, call: RandomCall) -> Any:
+        """Draw a call in blocks, or once where it is one for all copies."""
         if call.kind in (FUSED_ATTENTION, CUDNN_RNN):
             if not call.drops_out:
                 return call.run()
@@ -152,7 +134,7 @@ class _CopyStreams(RandomOps):
             )
         has_rows = call.kind not in (PERMUTATION, UNKNOWN) and call.has_rows
         if draws_are_shared() or (has_rows and call.shape == ()):
-            return self.draw(call, _mix(key, _SHARED))
+            return self.draw(call, mix(key, _SHARED))
         if not has_rows:
             raise StreamError(
                 f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
@@ -170,7 +152,7 @@ class _CopyStreams(RandomOps):
         for block, copy in enumerate(self.copies):
             start = block * rows
             part = call.rows(start, start + rows)
-            results.append(self.draw(part, _mix(key, copy)))
+            results.append(self.draw(part, mix(key, copy)))
             call.write_back(part, start)
         if any(argument.alias_info is not None for argument in call.func._schema.arguments[:1]):
             return call.args[0]
@@ -181,6 +163,7 @@ class _CopyStreams(RandomOps):
         return tuple(torch.cat(parts, dim=call.row_dim) for parts in zip(*results, strict=True))
 
     def rows_of_a_copy(self, call: RandomCall) -> int:
+        """How many rows of a draw are one copy's."""
         size = call.shape[call.row_dim] if len(call.shape) > call.row_dim else 0
         num_copies = len(self.copies)
         if num_copies == 1:
@@ -213,23 +196,17 @@ class _CopyStreams(RandomOps):
             default.set_state(state)
 
 
-def _check_copies(copies: Sequence[int]) -> None:
-    numbers = list(copies)
-    if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
-        raise ValueError(f"copies must be distinct numbers from 0, at least one of them, got {numbers}")
-
-
 def _next_key() -> int:
     """One 63-bit key from torch's CPU generator, the one that gradient checkpointing saves and restores."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=torch.default_generator))
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
 
     torch's CPU generator keeps the low 32 of a seed's bits, its CUDA generator all.
 
-    >>> _mix(1, 2) == _mix(1, 2), _mix(1, 2) == _mix(2, 1)
+    >>> mix(1, 2) == mix(1, 2), mix(1, 2) == mix(2, 1)
     (True, False)
     """
     state = 0

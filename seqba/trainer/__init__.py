@@ -33,7 +33,7 @@ gradients and in eval mode, to find what it divides by, and with M > 1 two of it
 `compute_loss` of one's own does beside (prints, logs) happens then too; the trainer's plain attributes are put back.
 """
 
-from seqba.trainer.arguments import BatchAugmentationArguments as BatchAugmentationArguments
+from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArguments
 from seqba.trainer.mixin import BatchAugmentationMixin as BatchAugmentationMixin
 from seqba.trainer.mixin import BatchAugmentationSeq2SeqTrainer as BatchAugmentationSeq2SeqTrainer
 from seqba.trainer.mixin import BatchAugmentationTrainer as BatchAugmentationTrainer

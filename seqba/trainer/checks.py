@@ -134,7 +134,7 @@ def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> 
             type(trainer).__name__,
             plan.copies_per_pass,
         )
-        return CopyPlan(num_copies, plan.copies_per_pass)
+        return CopyPlan(plan.copies, plan.copies_per_pass)
     return plan
 
 
@@ -159,7 +159,7 @@ def _only(plan: CopyPlan, copies_per_pass: int, reason: str) -> CopyPlan:
                 f"{reason}, but copies_per_pass is {plan.copies_per_pass}; set copies_per_pass={copies_per_pass}"
             )
         logger.warning("%s (copies_per_pass=%d)", reason, copies_per_pass)
-    return CopyPlan(len(plan.copies), copies_per_pass)
+    return CopyPlan(plan.copies, copies_per_pass)
 
 
 def check_copies(trainer: Trainer, model: nn.Module, inputs: Any) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from seqba.draws.streams import copies_of_pass, copy_streams
-from seqba.passes import CopiesPerPass, CopyPlan
-from seqba.repeat import count_samples
-from seqba.trainer.arguments import BatchAugmentationArguments as BatchAugmentationArguments
-from seqba.trainer.arguments import choose_arguments
+from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArguments
+from seqba.arguments import choose_arguments
+from seqba.groups import CopyGroup
+from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
 from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies
 from seqba.trainer.checks import (
     check_copies,
@@ -25,7 +24,7 @@ from seqba.trainer.checks import (
 )
 from seqba.trainer.counters import BatchAugmentationCounters
 from seqba.trainer.loss import Divisor, LossForm, part_of_update
-from seqba.trainer.state import OrderOfEpoch, bookkeeping, generators_of_rank, replaced, restore, wrap_again
+from seqba.trainer.state import OrderOfEpoch, generators_of_rank, replaced, snapshot, wrap_again
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -37,7 +36,7 @@ else:
 class _Run:
     """What a call of `train` finds out on its way."""
 
-    plan: CopyPlan
+    loop: PassLoop
     batch_size: int
     form: LossForm | None = None
     packed: bool = False
@@ -113,30 +112,18 @@ class BatchAugmentationMixin(_TrainerBase):
         """Forward and backward over all copies of a batch: the Trainer's own step in each pass of the plan."""
         inputs = self._prepare_input(inputs)
         run, items = self._ba_run, self._ba_items_of(inputs)
-        batch = items.done
+        batch, of = items.done, len(items.batches)
         items.done += 1
         self._ba_look_at(model, inputs, num_items_in_batch)
-        plan, shard = run.plan, self.accelerator.process_index * len(items.batches) + batch
-        before = bookkeeping(self) if plan.may_shrink else {}
-        is_again = False
 
-        def attempt(reduce: bool) -> Tensor:
-            nonlocal is_again
-            if is_again:
-                restore(self, before)
-            is_again = True
-            losses = []
-            passes = plan.passes
-            for copies in passes:
-                is_last = copies is passes[-1]
-                sync = nullcontext() if is_last and reduce else self.accelerator.no_sync(model)
-                with sync, self._ba_streams(inputs, copies, shard), self._ba_weighted_loss(batch, len(copies)):
-                    losses.append(self._ba_pass(model, take_copies(inputs, len(copies)), num_items_in_batch))
-            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        def run_pass(one: Pass, inputs: Any) -> Tensor:
+            with self._ba_weighted_loss(batch, len(one.copies)):
+                return self._ba_pass(model, take_copies(inputs, len(one.copies)), num_items_in_batch)
 
-        with self._ba_generators(shard):
-            loss = plan.run(self.accelerator, model, [inputs], attempt, try_first=items.try_first)
-        if items.done == len(items.batches):
+        with self._ba_generators(run.loop.group.shard(batch, of)):
+            update = self.state.global_step + 1
+            loss = run.loop.run(model, [inputs], run_pass, update=update, first=batch, of=of, try_first=items.try_first)
+        if items.done == of:
             self._ba_finish(items)
         return loss
 
@@ -162,23 +149,27 @@ class BatchAugmentationMixin(_TrainerBase):
         self.add_callback(BatchAugmentationCounters())
 
     def _ba_new_run(self) -> _Run:
-        return _Run(self.ba_args.plan(), self._train_batch_size)
+        group = CopyGroup.of(self.accelerator, self.ba_args.ba_m)
+        seed = self.args.seed if self.ba_args.reproducible_copies else None
+        plan = CopyPlan(group.copies, self.ba_args.copies_per_pass)
+        loop = PassLoop(self.accelerator, plan, group, copy_seed=seed, carried=[lambda: snapshot(self)])
+        return _Run(loop, self._train_batch_size)
 
     def _ba_count(self, batches: list[Mapping[str, Any]]) -> UpdateItems:
         run, device = self._ba_run, self.args.device
         if run.batch_size != self._train_batch_size:  # `auto_find_batch_size` begins anew with smaller batches
             self._ba_run = run = self._ba_new_run()
         if run.form is None and self.counters.copies_per_pass:  # of the checkpoint that is resumed
-            run.plan.load_state_dict({"copies_per_pass": self.counters.copies_per_pass})
+            run.loop.plan.load_state_dict({"copies_per_pass": self.counters.copies_per_pass})
         counts = [count_items(batch, device) for batch in batches]
         total = torch.stack(counts).sum(0)
         repeats = self.ba_args.ba_m > 1
         packed = repeats and any(is_packed(batch) for batch in batches)
         if self.accelerator.num_processes == 1:
             return UpdateItems(counts, total, total, packed=packed)
-        larger = run.plan.may_shrink and any(run.plan.is_larger_than_tried(batch) for batch in batches)
-        flags = torch.tensor([larger, packed], device=device)
-        met = self.accelerator.reduce(torch.cat([total, flags.to(total)]), "sum")
+        flags = torch.tensor([run.loop.must_try(batches), packed], device=device)
+        counted = total * int(run.loop.group.counts_samples)  # a group's batch once
+        met = self.accelerator.reduce(torch.cat([counted, flags.to(total)]), "sum")
         larger, packed = (flag > 0 for flag in met[3:].tolist()) if repeats else (False, False)
         everywhere = self.args.average_tokens_across_devices
         return UpdateItems(counts, met[:3] if everywhere else total, met[:3], larger, packed)
@@ -198,21 +189,21 @@ class BatchAugmentationMixin(_TrainerBase):
         assert items is not None
         is_new = run.form is None or (items.packed and not run.packed)
         run.packed = run.packed or items.packed
-        before = bookkeeping(self) if is_new else {}
+        put_back = snapshot(self) if is_new else lambda: None
         if run.form is None:
             refuse_missing_decoder_inputs(self, inputs)
             may_repeat = self.ba_args.ba_m > 1 and not run.packed
             run.form = measured(self, model, inputs, num_items, may_repeat=may_repeat)
         if is_new and run.form is not None:
-            run.plan = plan_for(self, run.plan, run.form, run.packed)
+            run.loop.plan = plan_for(self, run.loop.plan, run.form, run.packed)
         if self.ba_args.ba_m > 1 and not run.has_audited and not self.ba_args.allow_identical_copies:
             check_copies(self, model, inputs)
             run.has_audited = True
-        restore(self, before)
+        put_back()
 
     def _ba_finish(self, items: UpdateItems) -> None:
         self.counters.add(items.met[SAMPLES], items.met[self._ba_target], self.ba_args.ba_m)
-        self.counters.copies_per_pass = self._ba_run.plan.copies_per_pass
+        self.counters.copies_per_pass = self._ba_run.loop.plan.copies_per_pass
 
     @property
     def _ba_target(self) -> int:
@@ -229,13 +220,6 @@ class BatchAugmentationMixin(_TrainerBase):
         assert self._ba_run.items is not None
         targets = self._ba_run.items.all[form.target]
         return super().training_step(model, rows, self.ba_args.ba_m * targets.clamp(min=1))
-
-    def _ba_streams(self, inputs: Any, copies: tuple[int, ...], shard: int) -> AbstractContextManager[None]:
-        if not self.ba_args.reproducible_copies:
-            return copies_of_pass(copies)
-        samples = count_samples(inputs) if len(copies) > 1 else None
-        update = self.state.global_step + 1
-        return copy_streams(copies, seed=self.args.seed, update=update, shard=shard, num_samples=samples)
 
     def _ba_generators(self, shard: int) -> AbstractContextManager[None]:
         """Ranks start from one seed: without streams, their copies would meet the same masks."""

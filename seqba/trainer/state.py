@@ -1,7 +1,7 @@
 """What stands around a Trainer's passes: attributes, counts, a rank's generators, the order."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,28 +29,29 @@ def replaced(target: object, name: str, value: Any) -> Iterator[None]:
             delattr(target, name)
 
 
-def bookkeeping(trainer: object) -> dict[str, Any]:
-    """Copies of an object's plain attributes: numbers, strings, and lists and dictionaries of them.
+def snapshot(trainer: object) -> Callable[[], None]:
+    """Remember an object's plain attributes: numbers, strings, and lists and dictionaries of them.
 
     A Trainer's `compute_loss` may keep counts there (TRL's does), which a pass that is done again would count twice.
+
+    Returns:
+        What puts them back, as often as it is called. Lists and dictionaries are filled anew, not replaced: others may
+        hold them too.
     """
-    return {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    kept = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
 
+    def restore() -> None:
+        for name, value in kept.items():
+            now, before = getattr(trainer, name), copy.deepcopy(value)
+            if isinstance(now, list) and isinstance(before, list):
+                now[:] = before
+            elif isinstance(now, dict) and isinstance(before, dict):
+                now.clear()
+                now.update(before)
+            else:
+                setattr(trainer, name, before)
 
-def restore(trainer: object, kept: dict[str, Any]) -> None:
-    """Put back what `bookkeeping` kept; the copies stay whole, so that it can be done again.
-
-    Lists and dictionaries are filled anew, not replaced: others may hold them too.
-    """
-    for name, value in kept.items():
-        now, before = getattr(trainer, name), copy.deepcopy(value)
-        if isinstance(now, list) and isinstance(before, list):
-            now[:] = before
-        elif isinstance(now, dict) and isinstance(before, dict):
-            now.clear()
-            now.update(before)
-        else:
-            setattr(trainer, name, before)
+    return restore
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from seqba.trainer.arguments import BatchAugmentationArguments
+from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
 from tasks.cli.options import OptionParser, option
 

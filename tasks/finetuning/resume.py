@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
-from seqba.trainer.arguments import BatchAugmentationArguments
+from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import RunError, make_folder
 from tasks.cli.files import write_json
 from tasks.finetuning.config import FinetuningConfig, as_plain

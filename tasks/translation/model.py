@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, MarianMTModel
 
-from seqba.loss import linear_cross_entropy
+from seqba.loss import count_targets, linear_cross_entropy
 
 
 def decoding_config(
@@ -58,6 +58,11 @@ class TranslationLoss(nn.Module):
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The `loss_fn` of `seqba.TrainStep` for a prepared `TranslationLoss`."""
     return model(batch)
+
+
+def count_labels(batch: dict[str, Tensor]) -> Tensor:
+    """The `count_fn` of `seqba.TrainStep` beside it."""
+    return count_targets(batch["labels"])
 
 
 @torch.no_grad()

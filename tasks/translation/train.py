@@ -23,7 +23,7 @@ from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Cadence, Run, set_learning_rate
 from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig, as_json, may_differ
-from tasks.translation.model import TranslationLoss, count_parameters, summed_loss
+from tasks.translation.model import TranslationLoss, count_labels, count_parameters, summed_loss
 from tasks.translation.prepare import Corpus, prepare
 from tasks.translation.result import write_result
 
@@ -78,6 +78,7 @@ def training(config: TranslationConfig) -> Iterator[UpdateResult]:
         wrapped,
         optimizer,
         loss_fn=summed_loss,
+        count_fn=count_labels,
         num_copies=config.ba_m,
         copies_per_pass="auto" if config.copies_per_pass == "auto" else int(config.copies_per_pass),
         max_norm=config.max_norm,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from tasks.text.generated import lexicon as lex
 from tasks.text.generated.grammar import (
     EMPTY,
     Clause,
@@ -22,7 +23,6 @@ from tasks.text.generated.grammar import (
     subordinate,
 )
 from tasks.text.generated.lexicon import Pair
-from tasks.text.generated import lexicon as lex
 
 MIN_WORDS, MAX_WORDS = 4, 20  # of a sentence, on either side
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seqba.step import TrainStep
 from tasks.cli.machine import start_accelerator
 from tasks.models.transformer import build_model
-from tasks.translation.model import TranslationLoss, summed_loss
+from tasks.translation.model import TranslationLoss, count_labels, summed_loss
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def update_of(
         wrapped,
         optimizer,
         loss_fn=summed_loss,
+        count_fn=count_labels,
         num_copies=num_copies,
         copies_per_pass=copies_per_pass,
         copy_seed=copy_seed,

@@ -1,14 +1,23 @@
-"""The options of Batch Augmentation in a Trainer."""
+"""The options of Batch Augmentation, for any command line: the Trainer's and the training scripts'."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seqba.passes import CopiesPerPass, CopyPlan
+from seqba.passes import CopiesPerPass, plan_passes
+
+if TYPE_CHECKING:
+    _CopiesPerPass = CopiesPerPass
+else:  # `HfArgumentParser` takes a field's type for what converts its text, and knows no union of a number and a word
+
+    def _CopiesPerPass(text: str) -> CopiesPerPass:
+        return "auto" if text == "auto" else int(text)
+
+    _CopiesPerPass.__name__ = "copies_per_pass"  # what a complaint calls it
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchAugmentationArguments:
-    """The options of Batch Augmentation, for `HfArgumentParser` beside `TrainingArguments`.
+    """The options of Batch Augmentation, for `HfArgumentParser` beside `TrainingArguments` or a task's own.
 
     Raises:
         ValueError: M below 1, or copies_per_pass neither auto nor from 1 to M.
@@ -17,7 +26,7 @@ class BatchAugmentationArguments:
     ba_m: int = field(
         default=1, metadata={"help": "M, the paper's number of copies: how often a sample stands in an update"}
     )
-    copies_per_pass: str = field(
+    copies_per_pass: _CopiesPerPass = field(
         default="auto",
         metadata={
             "help": "copies in one forward and backward pass, 1 to M; auto starts at M and halves when memory runs out"
@@ -34,17 +43,16 @@ class BatchAugmentationArguments:
     )
 
     def __post_init__(self) -> None:
-        self.copies_per_pass = str(self.copies_per_pass)
-        if self.copies_per_pass != "auto" and not self.copies_per_pass.isdecimal():
-            raise ValueError(f"copies_per_pass must be auto or from 1 to ba_m {self.ba_m}, got {self.copies_per_pass}")
         if isinstance(self.ba_m, bool) or not isinstance(self.ba_m, int) or self.ba_m < 1:
             raise ValueError(f"ba_m must be a whole number of at least 1, got {self.ba_m!r}")
-        self.plan()
-
-    def plan(self) -> CopyPlan:
-        """A new plan of these copies."""
-        k: CopiesPerPass = "auto" if self.copies_per_pass == "auto" else int(self.copies_per_pass)
-        return CopyPlan(self.ba_m, k)
+        if self.copies_per_pass == "auto":
+            return
+        try:
+            plan_passes(range(self.ba_m), self.copies_per_pass)
+        except ValueError as error:
+            raise ValueError(
+                f"copies_per_pass must be auto or from 1 to ba_m {self.ba_m}, got {self.copies_per_pass}"
+            ) from error
 
 
 def choose_arguments(ba_args: BatchAugmentationArguments | None, **options: Any) -> BatchAugmentationArguments:

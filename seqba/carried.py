@@ -1,0 +1,115 @@
+"""State that a model carries from one update to the next: of a recurrent network over consecutive windows of text."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from seqba.context import current_batch, current_copies
+from seqba.repeat import unfold
+
+
+class CarriedState:
+    """Hidden states, one block of B rows for each copy of each batch of an update.
+
+    M copies of B streams need M*B states, and a copy finds its own again whichever pass computes it. It belongs to the
+    update as generators and buffers do: `TrainStep(..., carried=[state])` takes back what an attempt kept that ran out
+    of memory, and a checkpoint holds it.
+
+        def loss_fn(model, rows):
+            output, hidden = model(rows["input_ids"], state.take(len(rows["input_ids"])))
+            state.keep(hidden)
+            ...
+
+    Args:
+        initial: number of rows -> the state before the first window: a tensor or a nesting of tuples, lists and
+            dictionaries of tensors, with the rows along `dim` of each.
+        dim: 1 for `nn.LSTM`, whose states are (layers, rows, width).
+
+    >>> state = CarriedState(lambda rows: torch.zeros(rows, 2), dim=0)
+    >>> from seqba import copies_of_pass
+    >>> with copies_of_pass((0, 1)):
+    ...     state.keep(state.take(4) + torch.arange(4).unsqueeze(1))
+    >>> with copies_of_pass((1,)):
+    ...     state.take(2).tolist()
+    [[2.0, 2.0], [3.0, 3.0]]
+    """
+
+    def __init__(self, initial: Callable[[int], Any], *, dim: int = 1) -> None:
+        self.initial, self.dim = initial, dim
+        self._blocks: dict[tuple[int, int], Any] = {}  # (batch, copy) -> B rows; replaced, never written into
+
+    def take(self, num_rows: int) -> Any:
+        """The state of the running pass's rows: what `keep` was given for its copies, or the initial one.
+
+        Raises:
+            RuntimeError: no pass is running.
+            ValueError: another number of rows a copy than before.
+        """
+        places = self._places()
+        if not all(place in self._blocks for place in places):
+            return self.initial(num_rows)
+        blocks = [tree_flatten(self._blocks[place]) for place in places]
+        joined = [torch.cat(leaves, self.dim) for leaves in zip(*(leaves for leaves, _ in blocks), strict=True)]
+        for leaf in joined:
+            if leaf.shape[self.dim] != num_rows:
+                raise ValueError(
+                    f"the pass has {num_rows} rows, but {leaf.shape[self.dim]} were carried over for its copies; give "
+                    "every update batches of the same size, or `reset` the state before another size begins"
+                )
+        return tree_unflatten(joined, blocks[0][1])
+
+    def keep(self, state: Any) -> None:
+        """Carry the state of the running pass's rows on, detached from its graph."""
+        places = self._places()
+        for i, place in enumerate(places):
+            self._blocks[place] = tree_map(lambda x, i=i: unfold(x.detach(), len(places), dim=self.dim)[i], state)
+
+    def reset(self) -> None:
+        """Begin again from the initial state, as at an epoch's start."""
+        self._blocks.clear()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember the state as it is; the function returned puts it back."""
+        blocks = dict(self._blocks)
+
+        def restore() -> None:
+            self._blocks = dict(blocks)
+
+        return restore
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by batch, copy and place in the state; each rank has its own."""
+        return {
+            f"{batch}.{copy}.{i}": leaf
+            for (batch, copy), block in self._blocks.items()
+            for i, leaf in enumerate(tree_flatten(block)[0])
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: the state has another structure than `initial` makes.
+        """
+        structure = tree_flatten(self.initial(1))[1]
+        leaves: dict[tuple[int, int], dict[int, Tensor]] = {}
+        for name, leaf in state.items():
+            batch, copy, i = map(int, name.split("."))
+            leaves.setdefault((batch, copy), {})[i] = leaf
+        for found in leaves.values():
+            if sorted(found) != list(range(structure.num_leaves)):
+                raise ValueError(
+                    f"the carried state holds {len(found)} tensors a copy, but the model's has {structure.num_leaves}"
+                )
+        self._blocks = {
+            place: tree_unflatten([found[i] for i in sorted(found)], structure) for place, found in leaves.items()
+        }
+
+    def _places(self) -> list[tuple[int, int]]:
+        copies, batch = current_copies(), current_batch()
+        if copies is None or batch is None:
+            raise RuntimeError("no pass is running: state is carried between the passes of updates")
+        return [(batch, copy) for copy in copies]
