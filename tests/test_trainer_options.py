@@ -107,7 +107,7 @@ def test_the_options_parse_from_the_command_line():
     parser = HfArgumentParser(BatchAugmentationArguments)
     argv = ["--ba-m", "4", "--copies-per-pass", "2", "--reproducible-copies", "--allow-identical-copies"]
     (parsed,) = parser.parse_args_into_dataclasses(argv)
-    assert parsed == BatchAugmentationArguments(4, "2", True, True)
+    assert parsed == BatchAugmentationArguments(4, 2, True, True)
     (default,) = parser.parse_args_into_dataclasses([])
     assert default == BatchAugmentationArguments(1, "auto", False, False)
 
