@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
+from tasks.decoding import search as decode
 from tasks.decoding.beam_cache import CACHE, BeamCache
 from tasks.decoding.search import (
     GNMT_RERANK,
@@ -20,7 +21,6 @@ from tasks.decoding.search import (
 from tasks.decoding.skip_finished import skip_finished
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
-from tasks.translation import decode
 from tiny_models import SEQ2SEQ, marian
 from word_tokenizer import copying_model, sentences, word_tokenizer
 

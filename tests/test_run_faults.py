@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bad_input import OPTIONS, SCRIPTS, call, contents, write_text
-from seqba import checkpoint as checkpoint_module
 from seqba.checkpoint import find_checkpoint
-from tasks import run as run_module
+from seqba.checkpoint import folder as checkpoint_module
+from tasks.run import loop as run_module
 from tasks.run.log import read_metrics
 from tasks.translation import result
 from tasks.translation import train as training
@@ -239,7 +239,9 @@ def test_a_loss_that_is_not_finite_names_update_samples_and_the_good_checkpoint(
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     verdict = train(*DIVERGING, "--eval-every", "1")
-    assert_refused(verdict, "the validation loss after update 1 is nan", "samples", "No checkpoint was written yet")
+    assert_refused(
+        verdict, "the validation's valid_loss after update 1 is nan", "samples", "No checkpoint was written yet"
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -29,6 +29,15 @@ class OptionParser(HfArgumentParser):
         value: str | None = parser.parse_known_args(argv)[0].value
         return value
 
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
+        """As `HfArgumentParser`'s; what a dataclass refuses is a `UserError` too."""
+        try:
+            return super().parse_args_into_dataclasses(*args, **kwargs)
+        except UserError:
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:  # of dataclasses that are not the tasks' own
+            raise UserError(str(error)) from error
+
     def parse_known_options(self, argv: Sequence[str] | None) -> Any:
         """What is on the command line, before dataclasses look at it.
 
