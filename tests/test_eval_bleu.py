@@ -335,7 +335,10 @@ def test_text_that_cannot_be_scored_is_refused(models, tmp_path, no_translation,
             ["--model", "a", "--length-penalty-kind", "gnmt-rerank", "--num-beams", "1"],
             "--num-beams must be at least 2",
         ),
-        (["--model", "a", "--mixed-precision", "fp8"], "--mixed-precision must be one of no, bf16, fp16, got fp8"),
+        (
+            ["--model", "a", "--test-prefix", "p", "--mixed-precision", "fp8"],
+            "--mixed-precision must be one of no, bf16, fp16, got fp8",
+        ),
         (["--model", "a", "--beam", "4"], "unknown option --beam 4"),
     ],
 )

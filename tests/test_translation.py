@@ -185,8 +185,8 @@ def test_a_preset_is_data_and_any_option_overrides_it():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ba-m", "0"], "ba_m must be a whole number of at least 1, got 0"),
-        (["--ba-m", "4", "--copies-per-pass", "5"], "copies_per_pass must be auto or from 1 to ba_m 4, got 5"),
+        (["--ba-m", "0"], "^--ba-m must be a whole number of at least 1, got 0"),
+        (["--ba-m", "4", "--copies-per-pass", "5"], "^--copies-per-pass must be auto or from 1 to --ba-m 4, got 5"),
         (["--copies-per-pass", "some"], "--copies-per-pass: must be auto or from 1 to ba_m, got some"),
         (["--preset", "nothing"], "--preset must be one of generated, transformer-base, .*, got nothing"),
         (["--dropout", "1"], r"--dropout is a probability, from 0 to below 1, got 1\.0"),

@@ -1,5 +1,6 @@
 """The command line of a script: options from dataclasses, and complaints in one line."""
 
+import re
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -36,7 +37,8 @@ class OptionParser(HfArgumentParser):
         except UserError:
             raise
         except (ValueError, RuntimeError, ImportError) as error:  # of dataclasses that are not the tasks' own
-            raise UserError(str(error)) from error
+            names = "|".join(action.dest for action in self._actions if "_" in action.dest)
+            raise UserError(re.sub(rf"(?<![-\w])({names})\b", lambda name: flag(name[0]), str(error))) from error
 
     def parse_known_options(self, argv: Sequence[str] | None) -> Any:
         """What is on the command line, before dataclasses look at it.

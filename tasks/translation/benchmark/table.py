@@ -68,7 +68,7 @@ def bare(config: BenchmarkConfig) -> list[Row]:
 def fused(config: BenchmarkConfig) -> list[Row]:
     """One fused update of M copies against M updates of one, on the same text and batches."""
     num_copies = config.ba_m
-    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=str(num_copies)))
+    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=num_copies))
     one = OwnUpdates(config.training())
     count = max(1, config.updates // num_copies)
     ratio = compare(lambda: many.advance(count), lambda: one.advance(count * num_copies), pairs=config.pairs, warm_up=1)
