@@ -42,7 +42,7 @@ def train(config: TranslationConfig) -> None:
         pass
 
 
-def training(config: TranslationConfig) -> Iterator[UpdateResult]:
+def training(config: TranslationConfig) -> Iterator[tuple[UpdateResult, BatchStream]]:
     """`train`, which hands back control after every update; closed early, it leaves an unfinished run."""
     folder = Path(config.folder)
     accelerator = start_accelerator(
@@ -105,7 +105,7 @@ def training(config: TranslationConfig) -> Iterator[UpdateResult]:
             valid_loss = validation_loss(accelerator, loss_model, corpus, config.max_tokens)
         run.log(lr=lr, valid_loss=valid_loss)
         run.save_if_due()
-        yield result
+        yield result, stream
     if run.interrupted:
         raise SystemExit(INTERRUPTED)
 
