@@ -68,7 +68,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def keyed_generators(*key: int) -> Iterator[None]:
     """Seed torch on CPU, Python and numpy (global) from the integers of `key`, and put all three back on leaving.
 
-    What a block draws is then a function of its key alone, whichever process runs it. Takes about 0.1 ms.
+    What a block draws is then a function of its key alone, whichever process runs it. Takes about 0.1 ms. Libraries
+    with generators of their own (SentencePiece's sampling) are not reached.
 
     >>> with keyed_generators(0, 7, 1):
     ...     first = random.random(), np.random.rand(), torch.rand(()).item()
