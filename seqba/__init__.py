@@ -21,6 +21,7 @@ from seqba.context import copies_of_pass as copies_of_pass
 from seqba.context import current_batch as current_batch
 from seqba.context import current_copies as current_copies
 from seqba.context import shared_draws as shared_draws
+from seqba.draws.generators import keyed_generators as keyed_generators
 from seqba.draws.generators import rng_state as rng_state
 from seqba.draws.generators import set_rng_state as set_rng_state
 from seqba.draws.streams import copy_streams as copy_streams
@@ -35,6 +36,8 @@ from seqba.repeat import copy_ids as copy_ids
 from seqba.repeat import fold as fold
 from seqba.repeat import repeat_batch as repeat_batch
 from seqba.repeat import unfold as unfold
+from seqba.sampler import BatchSampler as BatchSampler
+from seqba.sampler import FixedBatchSampler as FixedBatchSampler
 from seqba.sampler import TokenBatchSampler as TokenBatchSampler
 from seqba.step import TrainStep as TrainStep
 from seqba.step import UpdateResult as UpdateResult

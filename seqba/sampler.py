@@ -1,7 +1,7 @@
-"""TokenBatchSampler: batches of whole samples under a budget of padded tokens, shuffled, sharded, resumable.
+"""Batches of whole samples, under a budget of padded tokens or of a fixed size: shuffled, sharded, resumable.
 
-It knows lengths and nothing else: no token, no copy, no model. So the data order is the same for every number of copies
-M, and the budget counts a batch before it is repeated.
+A sampler knows lengths or a size and nothing else: no token, no copy, no model. So the data order is the same for every
+number of copies M, and a batch is counted before it is repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Integers = npt.NDArray[np.integer[Any]]
+_Options = dict[str, int | str | None]
 
 
-class TokenBatchSampler(Sampler[list[int]]):
-    """Yield lists of sample indices such that (longest length in the batch) * (samples in the batch) <= `max_tokens`.
+class BatchSampler(Protocol):
+    """What streams of batches and checkpoints need: `TokenBatchSampler` and `FixedBatchSampler` are described here.
 
-    Samples are sorted by length, longest first, equal lengths in a new random order every epoch, and cut greedily: a
-    batch that starts with length L holds `max_tokens // L` samples. The order of the batches is then shuffled. Cuts
-    depend on the lengths alone, so every epoch has the same number of batches; which samples of one length meet in a
-    batch changes. With equal lengths this is a plain shuffle into batches of `max_tokens // L`.
-
-    The order is a pure function of (lengths, options, seed, epoch): equal on every rank, for every M and plan, and on
+    Order. It is a pure function of (data, options, seed, epoch): equal on every rank, for every M and plan, and on
     every numpy (only the raw bits of PCG64 are used, which numpy guarantees). Global random state is neither read nor
     changed. Ordering 5 million samples takes under a second an epoch.
 
@@ -35,7 +31,7 @@ class TokenBatchSampler(Sampler[list[int]]):
     s * batches_per_update + i of them, i < `batches_per_update` (with 1, batch i goes to shard i % num_shards). So one
     rank that accumulates 4 batches reads the data of 4 ranks. Where an epoch's batches do not fill its last update,
     that update is filled with the epoch's first batches, counted in `wrapped_batches` and `wrapped_samples`; no other
-    sample is met twice in an epoch, and none is left out.
+    sample is met twice in an epoch.
 
     There is no `batch_size` attribute, on purpose: accelerate would cut the batches anew by it and lose samples. Shard
     here and keep the loader out of `Accelerator.prepare`, whose loader calls `set_epoch` with its own count.
@@ -52,76 +48,50 @@ class TokenBatchSampler(Sampler[list[int]]):
                 ...  # train; `sampler.state_dict(batches_done)` is what a checkpoint keeps
             sampler.set_epoch(sampler.epoch + 1)
 
-    Args:
-        lengths: tokens of sample n as padded, max(source, target) for a pair; integers, at least 1.
-        max_tokens: padded tokens of a batch, before it is repeated M times; at least 1.
-        seed: with the epoch, the only source of randomness; at least 0.
-        num_shards: groups of ranks that read different batches; at least 1.
-        shard: which of them this is, 0 <= shard < num_shards.
-        batches_per_update: batches that a shard reads in an update (accumulation); at least 1.
-        max_samples: the most samples in a batch, however short; None is no limit.
-        over_budget: what to do with a sample longer than `max_tokens`: "refuse" raises and names it, "truncate" counts
-            it as `max_tokens` long, and in `truncated` (the data set has to cut it).
-
     Attributes:
         epoch, first_batch: where the next iteration starts.
-        truncated: samples counted as cut.
+    """
 
-    Raises:
-        ValueError: an argument outside its range, a length below 1, a sample over the budget when refused.
+    epoch: int
+    first_batch: int
 
-    >>> sampler = TokenBatchSampler([3, 9, 4, 2, 9, 3], max_tokens=18)
-    >>> sorted(sorted(batch) for batch in sampler)
-    [[0, 2, 3, 5], [1, 4]]
-    >>> [len(TokenBatchSampler([5] * 12, 10, num_shards=4, shard=rank)) for rank in range(4)]
-    [2, 2, 2, 2]
-    >>> TokenBatchSampler([5] * 12, 10, num_shards=4).wrapped_batches  # 6 batches fill 2 updates of 4
-    2
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[list[int]]: ...
+    def set_epoch(self, epoch: int, first_batch: int | None = None) -> None: ...  # noqa: D102
+    def state_dict(self, batches_done: int) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
+
+
+class _SortedBatches(Sampler[list[int]]):
+    """An epoch is all samples by `keys`, equal keys at random, cut at the borders `cuts`, in a random order of batches.
+
+    Samples after the last border are in no batch. `options` are what set keys and borders: a resumed run has the same.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int] | Integers | Tensor,
-        max_tokens: int,
-        *,
-        seed: int = 0,
-        num_shards: int = 1,
-        shard: int = 0,
-        batches_per_update: int = 1,
-        max_samples: int | None = None,
-        over_budget: Literal["refuse", "truncate"] = "refuse",
+        keys: npt.NDArray[Any],
+        cuts: npt.NDArray[np.intp],
+        options: _Options,
+        seed: int,
+        num_shards: int,
+        shard: int,
+        batches_per_update: int,
     ) -> None:
-        self._max_tokens = _integer("max_tokens", max_tokens, minimum=1)
+        self._keys, self._cuts = keys, cuts
         self._seed = _integer("seed", seed, minimum=0)
         self._num_shards = _integer("num_shards", num_shards, minimum=1)
         self._shard = _integer("shard", shard, minimum=0)
         if self._shard >= self._num_shards:
             raise ValueError(f"shard must be below num_shards={num_shards} (it counts from 0), got {shard}")
         self._batches_per_update = _integer("batches_per_update", batches_per_update, minimum=1)
-        self._max_samples = None if max_samples is None else _integer("max_samples", max_samples, minimum=1)
-        if over_budget not in ("refuse", "truncate"):
-            raise ValueError(f"over_budget must be 'refuse' or 'truncate', got {over_budget!r}")
-
-        checked = _check_lengths(lengths)
-        over = checked > self._max_tokens
-        self.truncated = int(over.sum())
-        if self.truncated and over_budget == "refuse":
-            raise ValueError(_over_budget_text(checked, over, self._max_tokens))
-        counted = np.minimum(checked, self._max_tokens)
-        longest = int(counted.max())
-        # Sort key, 0 for the longest; numpy sorts 16-bit integers by radix, in half the time.
-        self._shortness = (longest - counted).astype(np.uint16 if longest <= 1 << 16 else np.int64)
-        self._cuts = _cut(np.sort(counted)[::-1], self._max_tokens, self._max_samples)
-        self._fingerprint: dict[str, int | str | None] = {
-            "samples": len(checked),
-            "lengths": hashlib.blake2b(checked.tobytes(), digest_size=8).hexdigest(),
-            "max_tokens": self._max_tokens,
-            "max_samples": self._max_samples,
+        self._fingerprint: _Options = {
+            "samples": len(keys),
+            **options,
             "seed": self._seed,
             "batches of all shards in an update": self._num_shards * self._batches_per_update,
         }
-        self.epoch = 0
-        self.first_batch = 0
+        self.epoch = self.first_batch = 0
         self._pending = False  # a position that was loaded or named waits for its first reader
 
     @property
@@ -145,7 +115,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         """Read this shard's batches of the current epoch, from `first_batch` on."""
         self._pending = False
         batch_order, tie_breaks = self._random_bits()
-        samples = np.lexsort((tie_breaks, self._shortness))  # by length; by random bits within a length
+        samples = np.lexsort((tie_breaks, self._keys))  # by key; by random bits within a key
         for index in batch_order[self._positions()[self.first_batch :]]:
             yield samples[self._cuts[index] : self._cuts[index + 1]].tolist()
 
@@ -190,7 +160,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         try:
             epoch, updates, made_with = state["epoch"], state["updates_in_epoch"], dict(state["made_with"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the state of a TokenBatchSampler: {state!r}") from error
+            raise ValueError(f"not the state of a {type(self).__name__}: {state!r}") from error
         names = self._fingerprint.keys() | made_with.keys()
         differ = [name for name in sorted(names) if self._fingerprint.get(name) != made_with.get(name)]
         if differ:
@@ -222,10 +192,10 @@ class TokenBatchSampler(Sampler[list[int]]):
             )
 
     def _random_bits(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
-        """Return the order of the epoch's batches, and 64 random bits a sample that order equal lengths."""
+        """Return the order of the epoch's batches, and 64 random bits a sample that order equal keys."""
         bits = np.random.PCG64([self._seed, self.epoch])  # sorted raw bits: Generator.permutation may change with numpy
         batch_order = np.argsort(np.asarray(bits.random_raw(self._num_batches)), kind="stable")
-        return batch_order, np.asarray(bits.random_raw(len(self._shortness)))
+        return batch_order, np.asarray(bits.random_raw(len(self._keys)))
 
     def _positions(self) -> npt.NDArray[np.intp]:
         """Return where in the epoch's order this shard's batches stand: (updates, batches_per_update), flattened."""
@@ -233,6 +203,119 @@ class TokenBatchSampler(Sampler[list[int]]):
         updates = np.arange(len(self) // per_update)[:, None] * (self._num_shards * per_update)
         positions = updates + self._shard * per_update + np.arange(per_update)
         return positions.ravel() % self._num_batches  # the wrap
+
+
+class TokenBatchSampler(_SortedBatches):
+    """Yield lists of sample indices such that (longest length in the batch) * (samples in the batch) <= `max_tokens`.
+
+    Samples are sorted by length, longest first, equal lengths in a new random order every epoch, and cut greedily: a
+    batch that starts with length L holds `max_tokens // L` samples. The order of the batches is then shuffled. Cuts
+    depend on the lengths alone, so every epoch has the same number of batches; which samples of one length meet in a
+    batch changes. With equal lengths this is a plain shuffle into batches of `max_tokens // L`.
+
+    Order, ranks and resuming are as in `BatchSampler`; an epoch leaves out no sample.
+
+    Args:
+        lengths: tokens of sample n as padded, max(source, target) for a pair; integers, at least 1.
+        max_tokens: padded tokens of a batch, before it is repeated M times; at least 1.
+        seed: with the epoch, the only source of randomness; at least 0.
+        num_shards: groups of ranks that read different batches; at least 1.
+        shard: which of them this is, 0 <= shard < num_shards.
+        batches_per_update: batches that a shard reads in an update (accumulation); at least 1.
+        max_samples: the most samples in a batch, however short; None is no limit.
+        over_budget: what to do with a sample longer than `max_tokens`: "refuse" raises and names it, "truncate" counts
+            it as `max_tokens` long, and in `truncated` (the data set has to cut it).
+
+    Attributes:
+        epoch, first_batch: as in `BatchSampler`.
+        truncated: samples counted as cut.
+
+    Raises:
+        ValueError: an argument outside its range, a length below 1, a sample over the budget when refused.
+
+    >>> sampler = TokenBatchSampler([3, 9, 4, 2, 9, 3], max_tokens=18)
+    >>> sorted(sorted(batch) for batch in sampler)
+    [[0, 2, 3, 5], [1, 4]]
+    >>> [len(TokenBatchSampler([5] * 12, 10, num_shards=4, shard=rank)) for rank in range(4)]
+    [2, 2, 2, 2]
+    >>> TokenBatchSampler([5] * 12, 10, num_shards=4).wrapped_batches  # 6 batches fill 2 updates of 4
+    2
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | Integers | Tensor,
+        max_tokens: int,
+        *,
+        seed: int = 0,
+        num_shards: int = 1,
+        shard: int = 0,
+        batches_per_update: int = 1,
+        max_samples: int | None = None,
+        over_budget: Literal["refuse", "truncate"] = "refuse",
+    ) -> None:
+        max_tokens = _integer("max_tokens", max_tokens, minimum=1)
+        max_samples = None if max_samples is None else _integer("max_samples", max_samples, minimum=1)
+        if over_budget not in ("refuse", "truncate"):
+            raise ValueError(f"over_budget must be 'refuse' or 'truncate', got {over_budget!r}")
+
+        checked = _check_lengths(lengths)
+        over = checked > max_tokens
+        self.truncated = int(over.sum())
+        if self.truncated and over_budget == "refuse":
+            raise ValueError(_over_budget_text(checked, over, max_tokens))
+        counted = np.minimum(checked, max_tokens)
+        longest = int(counted.max())
+        # 0 for the longest; numpy sorts 16-bit integers by radix, in half the time
+        shortness = (longest - counted).astype(np.uint16 if longest <= 1 << 16 else np.int64)
+        cuts = _cut(np.sort(counted)[::-1], max_tokens, max_samples)
+        digest = hashlib.blake2b(checked.tobytes(), digest_size=8).hexdigest()
+        options: _Options = {"lengths": digest, "max_tokens": max_tokens, "max_samples": max_samples}
+        super().__init__(shortness, cuts, options, seed, num_shards, shard, batches_per_update)
+
+
+class FixedBatchSampler(_SortedBatches):
+    """Yield lists of exactly `batch_size` sample indices: an epoch is a new permutation of all samples, cut in batches.
+
+    The `num_samples % batch_size` samples that fill no batch are left out of the epoch, others in each, and counted in
+    `left_out`. Order, ranks and resuming are as in `BatchSampler`.
+
+    Args:
+        num_samples: samples of the data set, at least `batch_size`.
+        batch_size: B, samples of a batch, before it is repeated M times; at least 1.
+        seed, num_shards, shard, batches_per_update: as in `TokenBatchSampler`.
+
+    Attributes:
+        epoch, first_batch: as in `BatchSampler`.
+        left_out: samples that an epoch leaves out.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    >>> sampler = FixedBatchSampler(11, batch_size=4)
+    >>> [len(batch) for batch in sampler], sampler.left_out
+    ([4, 4], 3)
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_shards: int = 1,
+        shard: int = 0,
+        batches_per_update: int = 1,
+    ) -> None:
+        num_samples = _integer("num_samples", num_samples, minimum=1)
+        batch_size = _integer("batch_size", batch_size, minimum=1)
+        if num_samples < batch_size:
+            raise ValueError(
+                f"num_samples={num_samples} do not fill one batch of batch_size={batch_size}: lower batch_size"
+            )
+        self.left_out = num_samples % batch_size
+        keys, cuts = np.zeros(num_samples, np.uint16), np.arange(0, num_samples + 1, batch_size)
+        super().__init__(keys, cuts, {"batch_size": batch_size}, seed, num_shards, shard, batches_per_update)
 
 
 def _integer(name: str, value: int, *, minimum: int) -> int:

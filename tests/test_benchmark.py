@@ -200,7 +200,7 @@ def test_the_waiting_row_is_the_time_of_batches_over_the_time_of_updates(config,
     clock.sets(TrainStep, "__call__", lambda step, *args, **kwargs: 3.0 if len(step.plan.copies) == 1 else 9.0)
     (row,) = table.waiting(config)
     assert row.figure == "M=1: 25.00%, M=8: 10.00%"
-    assert row.detail == "M=1: median 1000.00 ms a batch, M=8: median 1000.00 ms a batch"
+    assert row.detail == "M=1: mean 1000.00 ms a batch, M=8: mean 1000.00 ms a batch"
 
 
 def test_the_memory_rows_are_the_peaks_of_m_copies_over_one_and_of_the_lean_loss_over_the_plain(config, monkeypatch):

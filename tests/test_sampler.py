@@ -1,9 +1,10 @@
-"""TokenBatchSampler: budget, order, shards, resuming, and what accelerate makes of it."""
+"""Samplers of batches: budget or fixed size, order, shards, resuming, and what accelerate makes of them."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -14,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import DataLoader, default_collate
 
 from seqba.collator import BatchAugmentationCollator
-from seqba.sampler import TokenBatchSampler
+from seqba.sampler import FixedBatchSampler, TokenBatchSampler
 
 NUM_SAMPLES = 207
 MAX_TOKENS = 64
@@ -135,6 +136,81 @@ def test_more_shards_than_batches_all_read_something():
     samplers = [TokenBatchSampler([7], 7, num_shards=3, shard=shard) for shard in range(3)]
     assert [epoch_of(sampler) for sampler in samplers] == [[[0]]] * 3
     assert (samplers[0].wrapped_batches, samplers[0].wrapped_samples) == (2, 2)
+
+
+# A fixed size
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "left_out"), [(23, 5, 3), (20, 5, 0), (7, 7, 0), (9, 1, 0)])
+def test_every_batch_is_full_and_what_fills_none_is_counted(num_samples, batch_size, left_out):
+    sampler = FixedBatchSampler(num_samples, batch_size, seed=3)
+    assert sampler.left_out == left_out
+    missed = []
+    for epoch in range(3):
+        batches = epoch_of(sampler, epoch)
+        assert [len(batch) for batch in batches] == [batch_size] * len(sampler)
+        met = set(ids(batches))
+        assert len(met) == len(ids(batches)) == num_samples - left_out
+        missed.append(frozenset(range(num_samples)) - met)
+    assert len(set(missed)) == (3 if left_out else 1)
+
+
+def test_the_fixed_order_is_a_function_of_seed_and_epoch_alone_and_pinned():
+    assert epoch_of(FixedBatchSampler(8, 3, seed=11), 2) == [[7, 4, 0], [6, 3, 1]]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    orders = [epoch_of(FixedBatchSampler(23, 5, seed=seed), epoch) for seed in (7, 8) for epoch in (0, 1)]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert before[2] == random.getstate()
+    assert len({str(order) for order in orders}) == 4
+    assert not hasattr(FixedBatchSampler(23, 5), "batch_size")
+
+
+@pytest.mark.parametrize(("num_shards", "per_update"), [(1, 4), (2, 2), (4, 1), (3, 1)])
+def test_ranks_share_a_fixed_epoch_as_they_share_a_budgeted_one(num_shards, per_update):
+    """The same blocks of the same epoch, whoever cut it: 9 batches, the last update filled with the first ones."""
+    options = {"num_shards": num_shards, "batches_per_update": per_update}
+    whole = epoch_of(FixedBatchSampler(47, 5), 1)
+    samplers = [FixedBatchSampler(47, 5, shard=shard, **options) for shard in range(num_shards)]
+    shards = [epoch_of(sampler, 1) for sampler in samplers]
+    in_order = [b for i in range(0, len(shards[0]), per_update) for shard in shards for b in shard[i : i + per_update]]
+    wrapped = -len(whole) % (num_shards * per_update)
+    assert in_order == whole + whole[:wrapped]
+    assert {(s.wrapped_batches, s.wrapped_samples) for s in samplers} == {(wrapped, 5 * wrapped)}
+
+
+def test_a_fixed_sampler_resumes_in_mid_epoch_and_refuses_other_data_by_name(lengths):
+    made = {"num_samples": 23, "batch_size": 4, "seed": 2}
+    sampler = FixedBatchSampler(**made)
+    sampler.set_epoch(3)
+    state = json.loads(json.dumps(sampler.state_dict(2)))
+    resumed = FixedBatchSampler(**made)
+    resumed.load_state_dict(state)
+    assert list(resumed) == list(sampler)[2:]
+    for name, value, said in (
+        ("num_samples", 22, "samples: 23 then, 22 now"),
+        ("batch_size", 5, "batch_size: 4 then, 5 now"),
+        ("seed", 4, "seed: 2 then, 4 now"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FixedBatchSampler(**made | {name: value}).load_state_dict(state)
+    with pytest.raises(ValueError, match="batch_size: 4 then, None now; lengths: None then"):
+        TokenBatchSampler(lengths, MAX_TOKENS).load_state_dict(state)
+    with pytest.raises(ValueError, match="not the state of a FixedBatchSampler"):
+        sampler.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((3, 5), "num_samples=3 do not fill one batch of batch_size=5: lower batch_size"),
+        ((0, 5), "num_samples must be an integer of at least 1, got 0"),
+        ((3, 0), "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_sizes_that_give_no_batch_are_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        FixedBatchSampler(*arguments)
 
 
 # Copies

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-TRAPS = {3, 4, *range(6, 14), *range(18, 28), 31, 34, 35, 36, 39, *range(41, 49)}
+TRAPS = {3, 4, *range(6, 14), *range(18, 30), 31, 34, 35, 36, 39, *range(41, 49)}
 
 
 def marked(file):

@@ -22,8 +22,9 @@ from seqba.audit.modules import RunningModules
 from seqba.audit.state import OwnGenerators
 from seqba.audit.trace import Findings, Site, draws_nothing, site_of
 from seqba.draws.callers import RECURRENT_DROPOUT
+from seqba.draws.generators import mix
 from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall
-from seqba.draws.streams import CopyStreams, mix
+from seqba.draws.streams import CopyStreams
 
 _PASSES = 4  # passes that each variance is averaged over
 # Copies under equal draws still differ by rounding, since kernels add in another order in other rows.

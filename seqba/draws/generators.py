@@ -1,13 +1,16 @@
-"""Random state of a process, as tensors and numbers: what a checkpoint keeps of every rank."""
+"""Random state of a process: as tensors and numbers, which a checkpoint keeps of every rank, and from a key."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+_MASK_64 = (1 << 64) - 1
 
 
 def rng_state() -> dict[str, Any]:
@@ -59,3 +62,46 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def keyed_generators(*key: int) -> Iterator[None]:
+    """Seed torch on CPU, Python and numpy (global) from the integers of `key`, and put all three back on leaving.
+
+    What a block draws is then a function of its key alone, whichever process runs it. Takes about 0.1 ms. Libraries
+    with generators of their own (SentencePiece's sampling) are not reached.
+
+    >>> with keyed_generators(0, 7, 1):
+    ...     first = random.random(), np.random.rand(), torch.rand(()).item()
+    >>> with keyed_generators(0, 7, 1):
+    ...     first == (random.random(), np.random.rand(), torch.rand(()).item())
+    True
+    """
+    torch_state, python, numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    seed = mix(*key)
+    torch.default_generator.manual_seed(seed)  # keeps the low 32 bits
+    random.seed(seed)
+    np.random.seed(seed >> 32)  # not torch's bits: both are MT19937, and would draw the same
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
+
+    torch's CPU generator keeps the low 32 of a seed's bits, its CUDA generator all.
+
+    >>> mix(1, 2) == mix(1, 2), mix(1, 2) == mix(2, 1)
+    (True, False)
+    """
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK_64) + 0x9E3779B97F4A7C15) & _MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        state ^= state >> 31
+    return state

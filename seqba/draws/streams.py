@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqba.context import copies_of_pass, draws_are_shared
+from seqba.draws.generators import mix
 from seqba.draws.operations import (
     CUDNN_RNN,
     FUSED_ATTENTION,
@@ -25,7 +26,6 @@ from seqba.draws.operations import (
 )
 from seqba.errors import StreamError
 
-_MASK_64 = (1 << 64) - 1
 _SHARED = -1  # in place of a copy's number, for draws that the copies share
 
 
@@ -199,23 +199,6 @@ class CopyStreams(RandomOps):
 def _next_key() -> int:
     """One 63-bit key from torch's CPU generator, the one that gradient checkpointing saves and restores."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=torch.default_generator))
-
-
-def mix(*numbers: int) -> int:
-    """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
-
-    torch's CPU generator keeps the low 32 of a seed's bits, its CUDA generator all.
-
-    >>> mix(1, 2) == mix(1, 2), mix(1, 2) == mix(2, 1)
-    (True, False)
-    """
-    state = 0
-    for number in numbers:
-        state = (state + (number & _MASK_64) + 0x9E3779B97F4A7C15) & _MASK_64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
-        state ^= state >> 31
-    return state
 
 
 def _default_generator(device: torch.device, name: str) -> torch.Generator:

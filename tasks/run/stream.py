@@ -1,30 +1,67 @@
 """An endless stream of batches over epochs, resumable at any batch."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from seqba.sampler import TokenBatchSampler
+from seqba.draws.generators import keyed_generators
+from seqba.sampler import BatchSampler
 
 SAMPLE_IDS = "sample_ids"
 
 
-class Numbered:
-    """A data set whose batches carry the numbers of their samples, under `sample_ids`."""
+class SampleKey(NamedTuple):
+    """What the random transform of a sample is a function of: neither of workers, nor of where a run was resumed."""
 
-    def __init__(self, dataset: Any, collate: Callable[[list], dict[str, Any]]) -> None:
-        self.dataset, self.collate = dataset, collate
+    seed: int
+    epoch: int
+    sample: int
+
+    def generators(self, copy: int) -> AbstractContextManager[None]:
+        """A block in which torch on CPU, Python and numpy draw for this copy of the sample; see `keyed_generators`."""
+        return keyed_generators(*self, copy)
+
+
+Transform = Callable[[Any, SampleKey], Any]
+
+
+class Numbered:
+    """A data set whose batches carry the numbers of their samples, under `sample_ids`; asked for (epoch, indices)."""
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list], dict[str, Any]], seed: int = 0, transform: Transform | None = None
+    ) -> None:
+        self.dataset, self.collate, self.seed, self.transform = dataset, collate, seed, transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """All samples of a batch at once, collated."""
+    def __getitems__(self, batch: tuple[int, list[int]]) -> dict[str, Any]:
+        """All samples of a batch at once, transformed and collated."""
+        epoch, indices = batch
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = fetch(indices) if fetch else [self.dataset[i] for i in indices]
+        if self.transform is not None:
+            samples = [self.transform(x, SampleKey(self.seed, epoch, n)) for x, n in zip(samples, indices, strict=True)]
         return {**self.collate(samples), SAMPLE_IDS: torch.tensor(indices)}
+
+
+class _WithEpoch:
+    """A sampler's batches with their epoch, which reaches workers this way alone: they outlive an epoch."""
+
+    def __init__(self, sampler: BatchSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return zip(repeat(self.sampler.epoch), self.sampler)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -42,26 +79,34 @@ class BatchStream:
         sampler: this rank's batches of indices.
         collate: list of samples -> dictionary of tensors of B rows.
         device: where batches go.
-        seed: of the workers' own random numbers, with the position.
+        seed: of the samples' keys; and of the workers' own random numbers, with the position.
         num_workers: loader processes; 0 collates in the training process.
+        transform: (sample, its `SampleKey`) -> what `collate` gets, called in the workers. What it draws inside
+            `key.generators(copy)` is the same for every number of workers and in a resumed run, other draws are not.
+            The few samples that fill an epoch's last update are met twice in it, under one key.
+
+    Attributes:
+        batches_taken, seconds_waited: how many batches `take` has returned, and its time: what training waited.
     """
 
     def __init__(
         self,
         dataset: Any,
-        sampler: TokenBatchSampler,
+        sampler: BatchSampler,
         collate: Callable[[list], dict[str, Any]],
         *,
         device: torch.device,
         seed: int,
         num_workers: int = 0,
+        transform: Transform | None = None,
     ) -> None:
         self.sampler, self.device, self.seed = sampler, device, seed
         self.epoch, self.position = 0, 0
+        self.batches_taken, self.seconds_waited = 0, 0.0
         self._generator = torch.Generator()  # its own: the loader must not draw from the one that dropout uses
         self._loader: DataLoader[Any] = DataLoader(
-            Numbered(dataset, collate),  # type: ignore[arg-type]
-            batch_sampler=sampler,
+            Numbered(dataset, collate, seed, transform),  # type: ignore[arg-type]
+            batch_sampler=_WithEpoch(sampler),  # type: ignore[arg-type]
             collate_fn=_unchanged,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
@@ -72,7 +117,11 @@ class BatchStream:
 
     def take(self, count: int) -> list[dict[str, Any]]:
         """The next `count` batches."""
-        return [self._next() for _ in range(count)]
+        start = time.perf_counter()
+        batches = [self._next() for _ in range(count)]
+        self.seconds_waited += time.perf_counter() - start
+        self.batches_taken += count
+        return batches
 
     def _next(self) -> dict[str, Any]:
         if self._batches is None:

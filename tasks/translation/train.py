@@ -47,7 +47,7 @@ def train(options: TranslationOptions) -> None:
         pass
 
 
-def training(options: TranslationOptions) -> Iterator[UpdateResult]:
+def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchStream]]:
     """`train`, which hands back control after every update; closed early, it leaves an unfinished run."""
     config, copies = options.config, options.copies
     folder = Path(run_folder(options))
@@ -101,7 +101,7 @@ def training(options: TranslationOptions) -> Iterator[UpdateResult]:
             validation = {"valid_loss": validation_loss(accelerator, loss_model, corpus, config.max_tokens)}
         run.log(validation, lr=lr)
         run.save_if_due()
-        yield result
+        yield result, stream
     if run.interrupted:
         raise SystemExit(INTERRUPTED)
 

@@ -20,7 +20,7 @@ from tasks.translation.benchmark.decoding import decoding_ratio
 from tasks.translation.benchmark.memory import Plan, peak_bytes
 from tasks.translation.benchmark.synthetic import Shape, update_of
 from tasks.translation.benchmark.trainer import TrainerUpdates
-from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
+from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
 from tasks.translation.data import encode_pairs
 from tasks.translation.train import read_corpus
 
@@ -84,13 +84,13 @@ def waiting(config: BenchmarkConfig) -> list[Row]:
     for num_copies in (1, 8):
         own = OwnUpdates(config.training(ba_m=num_copies))
         own.advance(2)
-        with waiting_for_data() as seconds:
-            start = time.perf_counter()
-            own.advance(config.updates)
-            shares.append((num_copies, sum(seconds) / (time.perf_counter() - start), 1e3 * statistics.median(seconds)))
+        waited, taken, start = own.stream.seconds_waited, own.stream.batches_taken, time.perf_counter()
+        own.advance(config.updates)
+        waited, taken = own.stream.seconds_waited - waited, own.stream.batches_taken - taken
+        shares.append((num_copies, waited / (time.perf_counter() - start), 1e3 * waited / taken))
         own.close()
     figure = ", ".join(f"M={m}: {share:.2%}" for m, share, _ in shares)
-    detail = ", ".join(f"M={m}: median {ms:.2f} ms a batch" for m, _, ms in shares)
+    detail = ", ".join(f"M={m}: mean {ms:.2f} ms a batch" for m, _, ms in shares)
     return [Row("share of an update spent waiting for data", figure, "at most 2 %, no growth with M", detail)]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +10,7 @@ from torch import Tensor
 from seqba.loss import count_targets
 from tasks.benchmark.ratios import wait_for_device
 from tasks.cli.machine import start_accelerator
-from tasks.run.stream import SAMPLE_IDS, BatchStream
+from tasks.run.stream import SAMPLE_IDS
 from tasks.translation.config import TranslationOptions
 from tasks.translation.model import TranslationLoss
 from tasks.translation.train import build, load_corpus, make_stream, training
@@ -28,7 +25,10 @@ class OwnUpdates:
 
     def advance(self, count: int) -> int:
         """Do `count` updates; returns their target tokens, copies counted. The device has finished then."""
-        total = sum(int(next(self._run).num_targets) for _ in range(count))
+        total = 0
+        for _ in range(count):
+            result, self.stream = next(self._run)
+            total += int(result.num_targets)
         wait_for_device()
         return total
 
@@ -65,22 +65,3 @@ class BareUpdates:
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-
-
-@contextmanager
-def waiting_for_data() -> Iterator[list[float]]:
-    """A list that gets the seconds of every call by which a training loop takes its batches."""
-    seconds: list[float] = []
-    take = BatchStream.take
-
-    def timed(self: BatchStream, count: int) -> list[dict[str, Tensor]]:
-        start = time.perf_counter()
-        batches = take(self, count)
-        seconds.append(time.perf_counter() - start)
-        return batches
-
-    BatchStream.take = timed  # type: ignore[method-assign]
-    try:
-        yield seconds
-    finally:
-        BatchStream.take = take  # type: ignore[method-assign]
