@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoints import FILES, OPTIMIZERS, VOCABULARY, WIDTH, assert_bitwise, make, names, save, step
-from seqba import checkpoint_files
+from seqba.checkpoint import files as checkpoint_files
 from seqba.checkpoint import find_checkpoint, load_checkpoint, rng_state, set_rng_state
 from seqba.sampler import TokenBatchSampler
 from seqba.schedule import inverse_sqrt

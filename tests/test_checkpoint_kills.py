@@ -16,7 +16,7 @@ from torch import nn
 
 import seqba
 from checkpoints import names, save
-from seqba import checkpoint_files
+from seqba.checkpoint import files as checkpoint_files
 from seqba.checkpoint import find_checkpoint
 
 KILLS = """

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 import sacrebleu
 
+from tasks.text.generated import lexicon
 from tasks.text.generated.corpus import MAX_SENTENCES, ParallelText, generate_corpus
 from tasks.text.generated.sentences import MAX_WORDS, MIN_WORDS, Speaker, capitalised
-from tasks.translation import lexicon
 
 NAMES = {"Anna", "Maria", "Laura", "Peter", "Paul", "Thomas"}
 GENDERS = {

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bad_input import OPTIONS, SCRIPTS, call, contents, write_text
-from seqba import checkpoint as checkpoint_module
 from seqba.checkpoint import find_checkpoint
-from tasks import run as run_module
+from seqba.checkpoint import folder as checkpoint_module
+from tasks.run import loop as run_module
 from tasks.run.log import read_metrics
 from tasks.translation import result
 from tasks.translation import train as training

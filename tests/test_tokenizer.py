@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from transformers import MarianTokenizer
 
+from tasks.text import tokenizer as tokenizer_module
 from tasks.text.parallel import DataError, ParallelText, fingerprint, read_parallel
 from tasks.text.tokenizer import (
     atomic_folder,
@@ -18,7 +19,6 @@ from tasks.text.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from tasks.translation import tokenizer as tokenizer_module
 
 DATA = Path(os.environ.get("SEQBA_DATA", ""))
 needs_data = pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of corpora")
