@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -64,7 +65,7 @@ def test_pydoc_lists_every_public_name():
 def test_the_code_of_an_own_loop_runs_and_counts_the_targets_of_a_causal_model():
     collate, loop = re.findall(r"```python\n(.*?)```", OWN_LOOP, re.DOTALL)
     data, model = Samples("llama", 6), llama()
-    given = {"DataLoader": DataLoader, "data": data, "collate_fn": Pad()}
+    given: dict[str, Any] = {"DataLoader": DataLoader, "data": data, "collate_fn": Pad()}
     exec(collate, given)
     assert next(iter(given["loader"]))["input_ids"].shape[0] == 4 * 6
     given |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "plain_loader": [Pad()(data.rows)]}

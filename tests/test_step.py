@@ -428,7 +428,9 @@ def test_the_step_repeats_what_the_collator_would():
         return summed_nll(model, rows)
 
     model = marian()
-    step = TrainStep(Accelerator(cpu=True), model, Kept(model), loss_fn=loss_fn, count_fn=count, num_copies=3, copies_per_pass=2)
+    step = TrainStep(
+        Accelerator(cpu=True), model, Kept(model), loss_fn=loss_fn, count_fn=count, num_copies=3, copies_per_pass=2
+    )
     step([batch], update=1)
     for rows, copies in zip(seen, (2, 1), strict=True):
         for name, x in repeat_batch(batch, copies).items():
