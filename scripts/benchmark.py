@@ -13,7 +13,7 @@ import transformers
 
 import tasks.finetuning.benchmark as finetuning
 from tasks.cli.errors import UserError, explained
-from tasks.cli.machine import start_accelerator
+from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.cli.options import OptionParser
 from tasks.translation.benchmark import table as translation
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def measure(config: Any, measurements: dict[str, Any]) -> None:
     """Print every row as soon as it is measured."""
-    accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
+    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor, {os.cpu_count()} cores"
     versions = (

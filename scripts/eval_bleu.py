@@ -7,7 +7,7 @@ from tasks.translation.evaluation.evaluate import evaluate
 
 def main() -> None:
     with explained():
-        evaluate(parse_evaluation())
+        evaluate(*parse_evaluation())
 
 
 if __name__ == "__main__":

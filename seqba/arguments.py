@@ -1,5 +1,6 @@
 """The options of Batch Augmentation, for any command line: the Trainer's and the training scripts'."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ if TYPE_CHECKING:
 else:  # `HfArgumentParser` takes a field's type for what converts its text, and knows no union of a number and a word
 
     def _CopiesPerPass(text: str) -> CopiesPerPass:
+        if text != "auto" and not text.isdecimal():
+            raise ArgumentTypeError(f"must be auto or from 1 to ba_m, got {text}")
         return "auto" if text == "auto" else int(text)
-
-    _CopiesPerPass.__name__ = "copies_per_pass"  # what a complaint calls it
 
 
 @dataclass(frozen=True)

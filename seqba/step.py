@@ -98,7 +98,7 @@ class TrainStep:
             )
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn, take_copies
-        self.max_norm = max_norm
+        self.max_norm, self.copy_seed = max_norm, copy_seed
         snapshots = [state.snapshot for state in carried]
         self._loop = PassLoop(accelerator, self.plan, self.group, copy_seed=copy_seed, carried=snapshots)
 

@@ -41,7 +41,7 @@ def own(name: str, *, source: bytes, target: bytes = b"a\nb\n") -> dict[str, byt
 GOOD = b"".join(b"word %d\n" % n for n in range(99))
 
 OPTION_CASES = [
-    Case("no copies", "--ba-m 0", ("--ba-m must be at least 1, got 0",)),
+    Case("no copies", "--ba-m 0", ("--ba-m must be a whole number of at least 1, got 0",)),
     Case("copies in words", "--ba-m two", ("--ba-m", "invalid int value: 'two'", "--help")),
     Case("pass over M", "--copies-per-pass 3", ("--copies-per-pass", "from 1 to --ba-m 2", "got 3")),
     Case("unknown option", "--bam 4", ("unknown option --bam 4", "--help")),

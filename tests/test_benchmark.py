@@ -351,13 +351,14 @@ def test_the_preset_is_multi30k_only_where_its_training_text_is_found(files, pre
     else:
         monkeypatch.setenv("SEQBA_DATA", str(tmp_path))
     config = BenchmarkConfig(data_dir=str(tmp_path) if is_named else None)
-    assert config.training().preset == preset
-    assert dataclasses.replace(config, preset="transformer-base-wmt16").training().preset == "transformer-base-wmt16"
+    assert config.training().config.preset == preset
+    named = dataclasses.replace(config, preset="transformer-base-wmt16")
+    assert named.training().config.preset == "transformer-base-wmt16"
 
 
 def test_without_a_data_folder_the_preset_is_generated(monkeypatch):
     monkeypatch.delenv("SEQBA_DATA", raising=False)
-    assert BenchmarkConfig().training().preset == "generated"
+    assert BenchmarkConfig().training().config.preset == "generated"
 
 
 def test_the_script_wants_a_task(monkeypatch, capsys):

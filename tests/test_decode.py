@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
-from tasks.decoding import search
+from tasks.decoding import search as decode
 from tasks.decoding.beam_cache import CACHE, BeamCache
 from tasks.decoding.search import (
     GNMT_RERANK,
@@ -107,7 +107,7 @@ def test_batches_hold_every_sentence_once_within_both_budgets_and_with_one_limit
     ids = [[7] * length for length in lengths]
     limits = [most_new_tokens(length) for length in lengths]
     for max_tokens, max_scores in ((20, None), (1_000, None), (1_000, 90), (1, 1)):
-        batches = list(search._batches_by_length(range(len(ids)), ids, limits, max_tokens, max_scores))
+        batches = list(decode._batches_by_length(range(len(ids)), ids, limits, max_tokens, max_scores))
         assert sorted(itertools.chain(*batches)) == list(range(len(ids)))
         for batch in batches:
             assert len({limits[n] for n in batch}) == 1
@@ -214,7 +214,7 @@ def test_gnmt_rerank_takes_the_finished_beam_that_its_formula_ranks_first(family
 @torch.no_grad()
 def test_re_ranking_gets_the_log_probabilities_of_a_full_forward_pass(length_penalty, monkeypatch):
     model, tokenizer, seen = copying_model("bart").double(), word_tokenizer(), []
-    monkeypatch.setattr(search, "rerank", lambda *args: seen.append(args) or rerank(*args))
+    monkeypatch.setattr(decode, "rerank", lambda *args: seen.append(args) or rerank(*args))
     for source in SOURCES[:6]:
         translate(Accelerator(cpu=True), model, tokenizer, [source], decoding=Decoding(3, length_penalty, GNMT_RERANK))
         sequences, log_probabilities, lengths, _ = seen.pop()
@@ -235,7 +235,7 @@ def test_re_ranking_by_hand(longer, alpha, best):
 
 def test_the_scores_that_re_ranking_keeps_are_bounded(monkeypatch):
     model, tokenizer, rows = copying_model("marian"), word_tokenizer(), []
-    monkeypatch.setattr(search, "_MAX_SCORES", 4 * 61 * 120)  # three sentences of at most 36 pieces
+    monkeypatch.setattr(decode, "_MAX_SCORES", 4 * 61 * 120)  # three sentences of at most 36 pieces
     generate = model.generate
     model.generate = lambda **settings: rows.append(len(settings["input_ids"])) or generate(**settings)
     rerank_by_gnmt = Decoding(4, 0.6, GNMT_RERANK)

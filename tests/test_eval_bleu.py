@@ -171,7 +171,7 @@ def test_the_search_that_is_named_is_the_one_that_ran(models, text, monkeypatch)
     monkeypatch.setattr(evaluation, "translate", lambda *args, decoding, **more: seen.append(decoding) or list(SOURCES))
     argv = ["--model", str(models["bart"]), "--test-prefix", str(text), "--num-beams", "3", "--length-penalty", "1.5",
             "--length-penalty-kind", "gnmt-rerank", "--mc-dropout", "2", "--cpu"]  # fmt: skip
-    results = evaluation.evaluate(parse_evaluation(argv))
+    results = evaluation.evaluate(*parse_evaluation(argv))
     assert seen == [Decoding(3, 1.5, "gnmt-rerank", 2)]
     assert results["models"]["run-bart"]["decoding"] == str(seen[0])
 
@@ -335,7 +335,10 @@ def test_text_that_cannot_be_scored_is_refused(models, tmp_path, no_translation,
             ["--model", "a", "--length-penalty-kind", "gnmt-rerank", "--num-beams", "1"],
             "--num-beams must be at least 2",
         ),
-        (["--model", "a", "--mixed-precision", "fp8"], "--mixed-precision must be one of no, bf16, fp16, got fp8"),
+        (
+            ["--model", "a", "--test-prefix", "p", "--mixed-precision", "fp8"],
+            "--mixed-precision must be one of no, bf16, fp16, got fp8",
+        ),
         (["--model", "a", "--beam", "4"], "unknown option --beam 4"),
     ],
 )
@@ -346,7 +349,7 @@ def test_a_bad_option_is_named_with_its_limit(argv, message):
 
 def test_every_option_has_help_and_dashes_and_underscores_are_both_taken():
     assert {"--model", "--source", "--reference", "--test-prefix", "--output-dir", "--num-beams", "--length-penalty",
-            "--length-penalty-kind", "--mc-dropout", "--num-samples-bootstrap", "--seed", "--cpu"} <= {
+            "--length-penalty-kind", "--mc-dropout", "--num-samples-bootstrap", "--seed"} <= {
         flag(option.name) for option in dataclasses.fields(EvaluationConfig)
     }  # fmt: skip
     assert all(len(option.metadata["help"]) > 15 for option in dataclasses.fields(EvaluationConfig))

@@ -239,7 +239,9 @@ def test_a_loss_that_is_not_finite_names_update_samples_and_the_good_checkpoint(
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     verdict = train(*DIVERGING, "--eval-every", "1")
-    assert_refused(verdict, "the validation loss after update 1 is nan", "samples", "No checkpoint was written yet")
+    assert_refused(
+        verdict, "the validation's valid_loss after update 1 is nan", "samples", "No checkpoint was written yet"
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

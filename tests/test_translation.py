@@ -12,16 +12,19 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
+from seqba import BatchAugmentationArguments
 from tasks.cli.errors import UserError
+from tasks.cli.machine import MachineOptions
 from tasks.cli.options import flag
 from tasks.decoding.search import Decoding, translate
 from tasks.models.transformer import build_model
+from tasks.run.options import RunOptions
 from tasks.scoring.bleu import score_bleu
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
-from tasks.translation.config import PRESETS, TranslationConfig, may_differ, parse_config
+from tasks.translation.config import PRESETS, TranslationConfig, may_differ, parse_config, run_folder
 from tasks.translation.model import TranslationLoss, count_parameters, decoding_config
-from tasks.translation.train import learning_rate
+from tasks.translation.train import describe_training, learning_rate
 
 SMALL = {
     "width": 24, "ffn_width": 40, "num_layers": 2, "num_heads": 4, "dropout": 0.1, "attention_dropout": 0.2,
@@ -155,29 +158,36 @@ def test_the_length_penalty_is_the_formula_that_is_named(translator):
 
 # ---- options
 
+OPTIONS = [
+    option
+    for part in (TranslationConfig, BatchAugmentationArguments, RunOptions, MachineOptions)
+    for option in dataclasses.fields(part)
+]
+
 
 def test_dashes_and_underscores_are_both_taken_and_every_option_has_help():
-    assert parse_config(["--ba-m", "4"]).ba_m == parse_config(["--ba_m", "4"]).ba_m == 4
-    for option in dataclasses.fields(TranslationConfig):
+    assert parse_config(["--ba-m", "4"]).copies == parse_config(["--ba_m", "4"]).copies == BatchAugmentationArguments(4)
+    for option in OPTIONS:
         assert len(option.metadata["help"]) > 15, option.name
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     asked = {"--preset", "--ba-m", "--copies-per-pass", "--reproducible-copies", "--max-updates", "--save-every",
              "--eval-every", "--output-dir", "--seed", "--resume"}  # fmt: skip
-    assert asked <= {flag(option.name) for option in dataclasses.fields(TranslationConfig)}
+    assert asked <= {flag(option.name) for option in OPTIONS}
 
 
 def test_a_preset_is_data_and_any_option_overrides_it():
-    base = parse_config(["--preset", "transformer-base", "--dropout", "0.3"])
+    base = parse_config(["--preset", "transformer-base", "--dropout", "0.3"]).config
     assert (base.width, base.num_layers, base.warmup_updates, base.dropout) == (512, 6, 4_000, 0.3)
     for values in PRESETS.values():
-        assert values.keys() <= {option.name for option in dataclasses.fields(TranslationConfig)}
+        assert values.keys() <= {option.name for option in OPTIONS}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ba-m", "0"], "--ba-m must be at least 1, got 0"),
-        (["--ba-m", "4", "--copies-per-pass", "5"], "--copies-per-pass must be auto or from 1 to --ba-m 4, got 5"),
-        (["--copies-per-pass", "some"], "--copies-per-pass must be auto or from 1"),
+        (["--ba-m", "0"], "^--ba-m must be a whole number of at least 1, got 0"),
+        (["--ba-m", "4", "--copies-per-pass", "5"], "^--copies-per-pass must be auto or from 1 to --ba-m 4, got 5"),
+        (["--copies-per-pass", "some"], "--copies-per-pass: must be auto or from 1 to ba_m, got some"),
         (["--preset", "nothing"], "--preset must be one of generated, transformer-base, .*, got nothing"),
         (["--dropout", "1"], r"--dropout is a probability, from 0 to below 1, got 1\.0"),
         (["--label-smoothing", "-0.1"], r"--label-smoothing is a probability.*got -0\.1"),
@@ -209,16 +219,18 @@ def test_a_bad_option_is_named_with_its_limit(argv, message, monkeypatch):
 
 def test_a_preset_with_text_reads_it_under_the_data_folder_and_is_overridden_by_options(monkeypatch):
     monkeypatch.setenv("SEQBA_DATA", "from-environment")
-    assert parse_config(["--preset", "multi30k-small"]).valid_prefix == str(Path("from-environment/multi30k/val"))
-    config = parse_config(
+    preset = parse_config(["--preset", "multi30k-small"]).config
+    assert preset.valid_prefix == str(Path("from-environment/multi30k/val"))
+    options = parse_config(
         ["--preset", "multi30k-small", "--data-dir", "here", "--dropout", "0.3", "--test-prefix", "t"]
     )
+    config = options.config
     assert config.train_prefix == [str(Path("here/multi30k/train"))]
     assert config.test_prefix == ["t"]
-    assert (config.dropout, config.attention_dropout, config.max_updates) == (0.3, 0.2, 3_000)
-    wmt = parse_config(["--preset", "transformer-base-wmt16"])
+    assert (config.dropout, config.attention_dropout, options.run.max_updates) == (0.3, 0.2, 3_000)
+    wmt = parse_config(["--preset", "transformer-base-wmt16"]).config
     assert wmt.train_prefix == ["datasets:wmt/wmt16:de-en:train"]
-    own = parse_config(["--preset", "transformer-base-ende", "--train-prefix", "a", "--valid-prefix", "b"])
+    own = parse_config(["--preset", "transformer-base-ende", "--train-prefix", "a", "--valid-prefix", "b"]).config
     assert (own.train_prefix, own.valid_prefix, own.test_prefix) == (["a"], "b", [])
 
 
@@ -261,13 +273,13 @@ def test_help_shows_the_values_of_the_preset_that_is_named(argv, shown, monkeypa
 )  # fmt: skip
 def test_the_run_folder_is_named_after_the_text_that_is_used(argv, folder, monkeypatch):
     monkeypatch.setenv("SEQBA_DATA", "data")
-    assert Path(parse_config(argv.split()).folder).name == folder
+    assert Path(run_folder(parse_config(argv.split()))).name == folder
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_a_rate_that_falls_to_the_last_update_ends_at_zero_and_fixes_that_update(decay):
-    config = TranslationConfig(lr_decay=decay, warmup_updates=10, max_updates=100, width=64, num_heads=2, lr_scale=0.5)
-    rate = learning_rate(config)
+    config = TranslationConfig(lr_decay=decay, warmup_updates=10, width=64, num_heads=2, lr_scale=0.5)
+    rate = learning_rate(config, max_updates=100)
     peak = 0.5 * (64 * 10) ** -0.5
     assert rate(10) == pytest.approx(peak)
     assert rate(5) == pytest.approx(peak / 2)
@@ -295,8 +307,10 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
 
     model, tokenizer, sources = translator
     score = score_bleu(["a b c d e"], ["a b c d f"], str(Decoding(2, 0.6)))
-    config = TranslationConfig(ba_m=4)
-    save_model_folder(tmp_path / "model", model, tokenizer, config, data="the data", updates=7, scores={"a set": score})
+    made_by = describe_training(parse_config(["--ba-m", "4"])) | {"data": "the data"}
+    save_model_folder(
+        tmp_path / "model", model, tokenizer, languages=("en", "de"), made_by=made_by, scores={"a set": score}
+    )
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "model"), sources[3]], capture_output=True, text=True, check=True
     )
@@ -305,7 +319,14 @@ def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(trans
     assert 0 not in ids[1:-1]  # padding is never emitted
     assert texts == translate(Accelerator(cpu=True), model, tokenizer, [sources[3]], max_new_tokens=11)
     card = (tmp_path / "model" / "README.md").read_text()
-    for part in ("M = 4", "the data", f"a set: {score}", "AutoModelForSeq2SeqLM", "AutoTokenizer"):
+    for part in (
+        "M | 4 (copies per pass auto",
+        "| data | the data |",
+        "en -> de",
+        f"a set: {score}",
+        "AutoModelForSeq2SeqLM",
+        "AutoTokenizer",
+    ):
         assert part in card
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     batch = {k: v for k, v in a_batch(len(tokenizer)).items() if k != "labels"}

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 MODEL, OPTIMIZER, TENSORS = "model.safetensors", "optimizer.pt", "tensors.safetensors"
 RNG, COUNTERS, MANIFEST = "rng.pt", "counters.json", "manifest.json"
@@ -39,7 +40,9 @@ def find_ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     ties = {}
     for name, x in state.items():
         if x.numel():
-            owner = first.setdefault((x.device, x.data_ptr(), x.dtype, x.shape, x.stride()), name)
+            # a sharded parameter may have no memory on this rank: it is known by being the same object
+            memory = id(x) if isinstance(x, DTensor) else (x.device, x.data_ptr(), x.dtype, x.shape, x.stride())
+            owner = first.setdefault(memory, name)
             if owner != name:
                 ties[name] = owner
     return ties

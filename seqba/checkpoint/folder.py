@@ -44,17 +44,7 @@ from seqba.checkpoint.files import (
     save_tensors,
     write_manifest,
 )
-from seqba.draws.generators import rng_state, set_rng_state
-
-__all__ = [
-    "Checkpoint",
-    "checkpoint_fault",
-    "find_checkpoint",
-    "load_checkpoint",
-    "rng_state",
-    "save_checkpoint",
-    "set_rng_state",
-]
+from seqba.checkpoint.shards import sharded_like
 
 TEMPORARY, REPLACED = ".tmp-", ".replaced"
 
@@ -74,8 +64,8 @@ def save_checkpoint(
     folder: str | Path,
     update: int,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
     counters: Mapping[str, Any],
     rng: Sequence[Mapping[str, Any]],
     tensors: Mapping[str, Tensor] | None = None,
@@ -91,8 +81,9 @@ def save_checkpoint(
     Args:
         folder: of all checkpoints of one run; made where it is missing.
         update: how many updates were done, at least 0. A checkpoint of the same update is replaced, safely.
-        model: unwrapped, so that its names are those of a run on one rank.
-        optimizer: or None where there is none to continue.
+        model: unwrapped, so that its names are those of a run on one rank; or its state dictionary, as
+            `full_state_dict` gathers it from all ranks.
+        optimizer: it, or its state dictionary likewise; None where there is none to continue.
         counters: JSON values under string keys.
         rng: `rng_state()` of rank 0, 1, ..., gathered by the caller.
         tensors: more tensors by name, e.g. hidden states.
@@ -120,9 +111,11 @@ def save_checkpoint(
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         temporary.mkdir()
-        save_tensors(temporary / MODEL, model.state_dict())
+        save_tensors(temporary / MODEL, model.state_dict() if isinstance(model, nn.Module) else model)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer.state_dict()
         if optimizer is not None:
-            save_pt(temporary / OPTIMIZER, optimizer.state_dict())
+            save_pt(temporary / OPTIMIZER, dict(optimizer))
         if tensors is not None:
             save_tensors(temporary / TENSORS, tensors)
         save_pt(temporary / RNG, [dict(state) for state in rng])
@@ -169,7 +162,8 @@ def load_checkpoint(
 
     Args:
         path: a checkpoint's folder.
-        model: of the same names, shapes, dtypes and ties; its device is kept.
+        model: of the same names, shapes, dtypes and ties; its device is kept. A sharded one (FSDP2) takes its
+            shards, and every rank must load.
         optimizer: over the same parameters in the same groups; its options become the saved ones.
         map_location: where the optimizer's file and `tensors` are read to.
 
@@ -181,13 +175,14 @@ def load_checkpoint(
     if fault is not None:
         raise ValueError(f"checkpoint {path} is damaged: {fault}")
     weights, ties = load_tensors(path / MODEL)
-    _check_model(path, model.state_dict(), weights, ties)
+    state = model.state_dict(keep_vars=True)
+    _check_model(path, state, weights, ties)
     rng = load_pt(path / RNG, "cpu")
     counters = json.loads((path / COUNTERS).read_text(encoding="utf-8"))
     tensors = load_tensors(path / TENSORS)[0] if (path / TENSORS).exists() else {}
     if optimizer is not None:
         _fill_optimizer(optimizer, _load_optimizer(path, optimizer, map_location))
-    model.load_state_dict(weights)
+    model.load_state_dict({name: sharded_like(x, state[name]) for name, x in weights.items()})
     return Checkpoint(
         path=path,
         update=json.loads((path / MANIFEST).read_text(encoding="utf-8"))["update"],
@@ -293,4 +288,6 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
         for name, value in saved["state"].get(number, {}).items():
             if isinstance(value, Tensor):
                 loaded = optimizer.state[param][name]
-                optimizer.state[param][name] = loaded if loaded.dtype == value.dtype else value.to(loaded.device)
+                if loaded.dtype != value.dtype:
+                    loaded = value.to(loaded.device)
+                optimizer.state[param][name] = sharded_like(loaded, param)

@@ -1,7 +1,9 @@
 """Getting the machine ready: devices, precision, processor cores, seeds."""
 
+import logging
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,30 +12,44 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 
 from tasks.cli.errors import UserError
+from tasks.cli.log import show_log
+from tasks.cli.options import check_least, option
 
-_THREAD_VARIABLE = "OMP_NUM_THREADS"
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("no", "bf16", "fp16")
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where a script computes, options of all of them."""
+
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate is configured to")
+    cpu: bool = option(False, "use the processor even where an accelerator is at hand")
+    num_threads: int | None = option(
+        None, "threads of a process on the processor; by default all cores where one process runs alone"
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, {"num_threads": 1})
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise UserError(f"--mixed-precision must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision}")
+
+
 def start_accelerator(
-    *,
-    seed: int,
-    mixed_precision: str | None = None,
-    report_to: str | None = None,
-    folder: Path | None = None,
-    cpu: bool = False,
+    machine: MachineOptions, *, seed: int, report_to: str | None = None, folder: Path | None = None
 ) -> Accelerator:
-    """An `Accelerator` for a training script: seeded per rank, on all cores where it is alone on a CPU.
+    """An `Accelerator` for a script: seeded per rank, on all cores where it is alone on a CPU; it shows the log.
 
     Every rank draws its own numbers (seed + rank): with one seed for all, copies on different ranks would meet equal
     dropout masks. Data order has seeds of its own.
 
     Args:
+        machine: the device, precision and threads.
         seed: the run's seed.
-        mixed_precision: "no", "bf16", "fp16"; None leaves it to `accelerate launch` and its configuration.
         report_to: a tracker that accelerate knows ("tensorboard", "wandb" ...), or None.
         folder: where trackers write.
-        cpu: use the processor even where an accelerator is at hand.
 
     Raises:
         UserError: the tracker is unknown or not installed, the device cannot be used, or it lacks the precision.
@@ -41,10 +57,10 @@ def start_accelerator(
     _check_tracker(report_to)
     try:
         accelerator = Accelerator(
-            mixed_precision=mixed_precision,
+            mixed_precision=machine.mixed_precision,
             log_with=report_to,
             project_dir=folder,
-            cpu=cpu,
+            cpu=machine.cpu,
             step_scheduler_with_optimizer=False,
         )
     except (ImportError, ValueError) as error:
@@ -53,12 +69,14 @@ def start_accelerator(
         if _DEVICE_VARIABLE not in os.environ:
             raise
         raise _unusable(os.environ[_DEVICE_VARIABLE], error) from error
-    _check_device(accelerator, cpu)
-    use_all_cores(accelerator)
+    _check_device(accelerator, machine.cpu)
+    show_log(accelerator.is_main_process)
+    use_threads(accelerator, machine.num_threads)
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and bf16_is_emulated():
-        accelerator.print(
-            f"note: this processor ({torch.backends.cpu.get_cpu_capability()}) has no bf16 arithmetic; mixed precision "
-            "bf16 is emulated on it, and many times slower than no"
+        logger.info(
+            "note: this processor (%s) has no bf16 arithmetic; mixed precision bf16 is emulated on it, and many times "
+            "slower than no",
+            torch.backends.cpu.get_cpu_capability(),
         )
     set_seed(seed, device_specific=True)
     return accelerator
@@ -103,31 +121,21 @@ def _unusable(device: str, error: Exception) -> UserError:
     return UserError(f"the device {device} cannot be used here ({reason}); {remedy}")
 
 
-def use_all_cores(accelerator: Accelerator) -> int:
-    """Give a single-process CPU run every core it may use; returns the number of threads.
+def use_threads(accelerator: Accelerator, num_threads: int | None = None) -> int:
+    """Give a process so many threads, by default every core it may use where it runs alone on a CPU.
 
-    `accelerate launch` exports OMP_NUM_THREADS=1 for CPU runs, which leaves all cores but one asleep. A
-    number that the user chose (the variable set before the launcher, or its own option) is kept.
+    A number that the user chose by OMP_NUM_THREADS is kept. `accelerate launch` exports a 1 there for CPU runs, which
+    would leave all cores but one asleep: under it a 1 is no choice.
+
+    Returns:
+        The number of threads.
     """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher says its precision
+        chosen = None
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-    if alone and not _user_chose_threads():
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if num_threads is None and chosen is None and alone:
+        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     return torch.get_num_threads()
-
-
-def _user_chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS holds the user's wish, and not the launcher's default of 1."""
-    value = os.environ.get(_THREAD_VARIABLE)
-    if value is None:
-        return False
-    if value != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return True  # the launcher only ever fills in 1, and always says its precision
-    parent = Path(f"/proc/{os.getppid()}")
-    try:
-        environment = (parent / "environ").read_bytes().split(b"\0")
-        command = (parent / "cmdline").read_bytes()
-    except OSError:
-        return False  # no such record on this system: a lone launched process wants its cores
-    return b"num_cpu_threads_per_process" in command.replace(b"-", b"_") or any(
-        line.startswith(_THREAD_VARIABLE.encode() + b"=") for line in environment
-    )

@@ -1,5 +1,6 @@
 """The command line of a script: options from dataclasses, and complaints in one line."""
 
+import re
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -28,6 +29,16 @@ class OptionParser(HfArgumentParser):
         parser.add_argument(flag(name), f"--{name}", nargs="?", dest="value")
         value: str | None = parser.parse_known_args(argv)[0].value
         return value
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
+        """As `HfArgumentParser`'s; what a dataclass refuses is a `UserError` too."""
+        try:
+            return super().parse_args_into_dataclasses(*args, **kwargs)
+        except UserError:
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:  # of dataclasses that are not the tasks' own
+            names = "|".join(action.dest for action in self._actions if "_" in action.dest)
+            raise UserError(re.sub(rf"(?<![-\w])({names})\b", lambda name: flag(name[0]), str(error))) from error
 
     def parse_known_options(self, argv: Sequence[str] | None) -> Any:
         """What is on the command line, before dataclasses look at it.

@@ -15,7 +15,7 @@ from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
 from tasks.cli.errors import UserError, identical_copies
 from tasks.cli.files import write_json, write_text
-from tasks.cli.machine import use_all_cores
+from tasks.cli.machine import use_threads
 from tasks.decoding.search import Decoding, max_source_length, translate
 from tasks.finetuning.callbacks import StopAtNonFinite, check_weights
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
@@ -77,7 +77,7 @@ def finetune(
         )
     except (ValueError, RuntimeError, ImportError) as error:  # options that do not go together, a missing tracker
         raise UserError(str(error)) from error
-    threads = use_all_cores(trainer.accelerator)
+    threads = use_threads(trainer.accelerator)
     say(
         f"{model.num_parameters():,} parameters, M = {ba_args.ba_m}, {args.world_size} process(es), {threads} threads "
         f"on {args.device}"

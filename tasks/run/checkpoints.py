@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
-from seqba.checkpoint import checkpoint_fault, find_checkpoint, load_checkpoint, save_checkpoint
+from seqba.checkpoint import checkpoint_fault, find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
 from seqba.draws.generators import rng_state, set_rng_state
 from tasks.cli.errors import RunError
 
@@ -22,6 +22,16 @@ class Stateful(Protocol):
         """What `load_state_dict` needs to continue exactly."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
+
+
+class TensorState(Protocol):
+    """Anything with tensors of each rank's own that a checkpoint must hold, such as `seqba.CarriedState`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` needs to continue exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where `state` was taken."""
 
 
@@ -53,7 +63,8 @@ class Saver:
         keep: newest checkpoints that stay.
         model: unwrapped.
         optimizer: the model's.
-        parts: what else has a position, by name.
+        parts: what else has a position that all ranks share, by name.
+        carried: what holds tensors of each rank's own, by name.
     """
 
     def __init__(
@@ -65,11 +76,16 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         parts: Mapping[str, Stateful],
+        carried: Mapping[str, TensorState],
     ) -> None:
         self.accelerator, self.folder, self.keep = accelerator, folder, keep
-        self.model, self.optimizer, self.parts = model, optimizer, dict(parts)
+        self.model, self.optimizer, self.parts, self.carried = model, optimizer, dict(parts), carried
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
+
+    @property
+    def _rank(self) -> str:
+        return f"rank{self.accelerator.process_index}"
 
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is, if there is one."""
@@ -117,6 +133,15 @@ class Saver:
             if name not in checkpoint.counters:
                 raise ValueError(f"it holds no state of {name!r}; resume with the version and options it was saved by")
             part.load_state_dict(checkpoint.counters[name])
+        for name, state in self.carried.items():
+            mine = f"{self._rank}/{name}/"
+            state.load_state_dict(
+                {
+                    key.removeprefix(mine): x.to(self.accelerator.device)
+                    for key, x in checkpoint.tensors.items()
+                    if key.startswith(mine)
+                }
+            )
         set_rng_state(checkpoint.rng[self.accelerator.process_index])
 
     def save(self, update: int, *, pinned: Collection[int]) -> None:
@@ -129,16 +154,25 @@ class Saver:
         Raises:
             RunError: it could not be written (a full disk, most of all); the earlier ones are intact.
         """
+        is_main = self.accelerator.is_main_process
         rng = gather_object([rng_state()])
-        if self.accelerator.is_main_process:
+        own = {
+            f"{self._rank}/{name}/{key}": x.detach().cpu().clone()
+            for name, state in self.carried.items()
+            for key, x in state.state_dict().items()
+        }
+        tensors = {key: x for of_rank in gather_object([own]) for key, x in of_rank.items()}
+        model, optimizer = (full_state_dict(owner, keep=is_main) for owner in (self.model, self.optimizer))
+        if is_main:
             try:
                 save_checkpoint(
                     self.folder,
                     update,
-                    model=self.model,
-                    optimizer=self.optimizer,
+                    model=model,
+                    optimizer=optimizer,
                     counters={name: part.state_dict() for name, part in self.parts.items()},
                     rng=rng,
+                    tensors=tensors or None,
                     keep=self.keep,
                     pinned=pinned,
                 )
@@ -148,13 +182,13 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def load(self, update: int) -> None:
-        """Put the weights of an update's checkpoint into the model, and nothing else.
+        """Put the model and the optimizer back to an update, and nothing else.
 
         Raises:
             RunError: there is none, or it is damaged.
         """
         try:
-            load_checkpoint(self.path(update), model=self.model)
+            load_checkpoint(self.path(update), model=self.model, optimizer=self.optimizer)
         except ValueError as error:
             raise RunError(f"{error}; the same command with --resume ends with the newest weights instead") from error
 

@@ -7,6 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tasks.run.progress import Figures
+
+_VALIDATION = "#b3541e"
+
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
@@ -17,34 +21,41 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str) -> None:
-    """The learning curve: training and validation loss, in nats per target, against the update.
+def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str, figures: Figures) -> None:
+    """The learning curve against the update: training and validation loss, and below them another metric.
 
     The training loss carries label smoothing and dropout where the run has them; the validation loss has neither.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    axes.plot(
+    own_axes = figures.metric != "valid_loss" and any(figures.metric in row for row in rows)
+    figure = Figure(figsize=(7, 7 if own_axes else 4.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1 + own_axes, sharex=True, squeeze=False)[:, 0]
+    panels[0].plot(
         [row["update"] for row in rows],
         [row["loss"] for row in rows],
         color="#8aa4c8",
         label="training (with dropout, label smoothing)",
     )
-    valid = [row for row in rows if row.get("valid_loss") is not None]
-    if valid:
-        updates, losses = [row["update"] for row in valid], [row["valid_loss"] for row in valid]
-        axes.plot(updates, losses, color="#b3541e", marker="o", markersize=4, label="validation")
-        best = min(valid, key=lambda row: row["valid_loss"])
-        axes.annotate(
-            f"{best['valid_loss']:.3f} at {best['update']:,}",
-            (best["update"], best["valid_loss"]),
-            xytext=(0, 12),
-            textcoords="offset points",
-            ha="right",
-            color="#b3541e",
-        )
-    axes.set(xlabel="update", ylabel="loss (nats per target token)", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for panel, name in zip(panels, ("valid_loss", figures.metric), strict=False):
+        found = [(row["update"], row[name]) for row in rows if row.get(name) is not None]
+        if not found:
+            continue
+        panel.plot(*zip(*found, strict=True), color=_VALIDATION, marker="o", markersize=4, label="validation")
+        if name == figures.metric:
+            update, value = (max if figures.higher_is_better else min)(found, key=lambda point: point[1])
+            panel.annotate(
+                f"{value:.3f} at {update:,}",
+                (update, value),
+                xytext=(0, 12),
+                textcoords="offset points",
+                ha="right",
+                color=_VALIDATION,
+            )
+    panels[0].set(ylabel=figures.loss, title=title)
+    if own_axes:
+        panels[1].set(ylabel=figures.metric.replace("_", " "))
+    panels[-1].set(xlabel="update")
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
     figure.savefig(file)

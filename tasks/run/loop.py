@@ -1,16 +1,17 @@
-"""What every training script shares, once: the run folder and the services of the loop.
+"""The services of a training loop: when to log, validate, save and stop, and what a run folder gets.
 
 A run folder holds `config.json`, `metrics.jsonl` (one object a logged update), `checkpoints/`, and at the end
-`results.json`, `curve.png` and `model/`. A task's loop asks `Run` when to log, validate, save and stop.
+`results.json`, `curve.png` and `model/`. A task's loop asks `Run`, which knows no task.
 """
 
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from tqdm import tqdm
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, writing
 from tasks.cli.files import write_json
-from tasks.run.checkpoints import Saver, Stateful, how_to_go_on
+from tasks.run.checkpoints import Saver, Stateful, TensorState, how_to_go_on
 from tasks.run.folder import RunFolder
 from tasks.run.guards import NonFiniteError, has_finite_weights, stop_signals
 from tasks.run.log import draw_curve, read_metrics
-from tasks.run.progress import Progress
+from tasks.run.options import RunOptions
+from tasks.run.progress import Figures, Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,34 +43,16 @@ class _Pending:
     sample_ids: Sequence[int]
 
 
-@dataclass
-class Cadence:
-    """How often things happen, in updates."""
-
-    max_updates: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise RunError(f"{name} must be at least 1, got {value}")
-
-
-@dataclass
 class Run:
     """One training run and its folder.
 
     Args:
         accelerator: the run's Accelerator.
         folder: the run folder, made where it does not exist.
+        options: how long it trains; how often it logs, validates and saves; whether it continues.
         config: all options, JSON values; a resumed run must have the same, `may_differ` aside.
-        cadence: how often it logs, validates and saves.
         num_copies: M, for the count of instances seen.
-        max_norm: the clipping threshold, for the clip fraction; None where nothing is clipped.
-        resume: continue from the newest good checkpoint; where there is none, start at update 1 and say so.
+        figures: what the task measures.
         may_differ: names of options that a resumed run may change.
 
     Raises:
@@ -75,32 +61,30 @@ class Run:
             the way of the next.
     """
 
-    accelerator: Accelerator
-    folder: Path
-    config: Mapping[str, Any]
-    cadence: Cadence
-    num_copies: int
-    max_norm: float | None = None
-    resume: bool = False
-    may_differ: Collection[str] = ()
-    progress: Progress = field(default_factory=Progress)
-    interrupted: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        options: RunOptions,
+        config: Mapping[str, Any],
+        *,
+        num_copies: int,
+        figures: Figures | None = None,
+        may_differ: Collection[str] = (),
+    ) -> None:
+        self.accelerator, self.folder, self.options = accelerator, folder, options
+        self.num_copies, self.figures = num_copies, figures or Figures()
+        self.progress = Progress()
+        self.interrupted = False
         self._pending: _Pending | None = None
         self._bar: tqdm | None = None
         self._saved_update: int | None = None
         self._last_time = time.perf_counter()
         self._sample_ids: Sequence[int] = ()
-        self._files = RunFolder(self.folder, self.config, resume=self.resume, may_differ=self.may_differ)
+        self._files = RunFolder(folder, config, resume=options.resume, may_differ=may_differ)
         self._open_folder()
 
     # ---- the folder and its checkpoints
-
-    def say(self, text: str) -> None:
-        """A line for the user, from the first rank, without tearing the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stdout)
 
     def writing(self, path: Path) -> AbstractContextManager[None]:
         """Around what writes `path` once updates were done: a full disk becomes a `RunError` that says how to go on."""
@@ -117,8 +101,21 @@ class Run:
         if problem is not None:
             raise RunError(problem)
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, **parts: Stateful) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        carried: Mapping[str, TensorState] | None = None,
+        **parts: Stateful,
+    ) -> None:
         """Name what a checkpoint holds, and begin: at update 1, or after the newest good checkpoint.
+
+        Args:
+            model: unwrapped.
+            optimizer: the model's; averages that it keeps of the weights are part of a checkpoint.
+            carried: what holds tensors of each rank's own, such as hidden states.
+            parts: what has a position that all ranks share.
 
         Raises:
             RunError: the run cannot be continued from what the folder holds.
@@ -126,12 +123,13 @@ class Run:
         self._saver = Saver(
             self.accelerator,
             self._files.checkpoints,
-            self.cadence.keep,
+            self.options.keep_checkpoints,
             model=model,
             optimizer=optimizer,
             parts={"progress": self.progress, **parts},
+            carried=carried or {},
         )
-        if self.resume:
+        if self.options.resume:
             self._resume()
         if self.accelerator.is_main_process:
             self._files.begin(self.progress.update)
@@ -140,16 +138,18 @@ class Run:
     def _resume(self) -> None:
         path, damaged = self._saver.resume()
         for text in damaged:
-            self.say(f"skipped a damaged checkpoint: {text}")
+            logger.info("skipped a damaged checkpoint: %s", text)
         if path is None:
-            self.say("nothing to resume from: starting at update 1")
+            logger.info("nothing to resume from: starting at update 1")
             return
         progress = self.progress
         if progress.best_update is not None and not self._saver.is_good(progress.best_update):
-            self.say(f"the best checkpoint, of update {progress.best_update}, is gone: the best from here on is kept")
-            progress.best_update = progress.best_loss = None
+            logger.info(
+                "the best checkpoint, of update %d, is gone: the best from here on is kept", progress.best_update
+            )
+            progress.best_update = progress.best_value = None
         self._saved_update = progress.update
-        self.say(f"resumed at update {progress.update} from {path}")
+        logger.info("resumed at update %d from %s", progress.update, path)
 
     def save(self) -> None:
         """Write a checkpoint of the present update, unless it has one.
@@ -168,7 +168,7 @@ class Run:
         self._saved_update = self.progress.update
 
     def load_best(self) -> None:
-        """Put the weights with the lowest validation loss into the model."""
+        """Put the model and the optimizer back to the update whose validation was best."""
         best = self.progress.best_update
         if best is not None and best != self.progress.update:
             self._saver.load(best)
@@ -181,16 +181,16 @@ class Run:
         A stop is honoured between updates: the loop ends, a checkpoint is saved, `interrupted` is set.
         """
         self._last_time = time.perf_counter()
-        self._loop_start, self._tokens_at_start = self._last_time, self.progress.target_tokens
+        self._loop_start, self._targets_at_start = self._last_time, self.progress.targets
         self._bar = tqdm(
-            total=self.cadence.max_updates,
+            total=self.options.max_updates,
             initial=self.progress.update,
             unit="update",
             mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
             disable=not self.accelerator.is_main_process,
         )
         with stop_signals() as stop, self._bar:
-            while self.progress.update < self.cadence.max_updates:
+            while self.progress.update < self.options.max_updates:
                 yield self.progress.update + 1
                 self._bar.update(self.progress.update - self._bar.n)
                 if self._anywhere(bool(stop)):
@@ -200,7 +200,7 @@ class Run:
             self.save()
         if self.interrupted:
             self.accelerator.end_training()
-            self.say(f"stopped after update {self.progress.update}; the same command with --resume continues it")
+            logger.info("stopped after update %d; the same command with --resume continues it", self.progress.update)
 
     def record(self, update: int, result: UpdateResult, sample_ids: Sequence[int]) -> None:
         """Count a finished update; `sample_ids` are the samples that this rank gave to it.
@@ -218,29 +218,43 @@ class Run:
 
     def is_due(self, every: int) -> bool:
         """Whether something with this cadence happens after the present update; always after the last one."""
-        return self.progress.update % every == 0 or self.progress.update == self.cadence.max_updates
+        return self.progress.update % every == 0 or self.progress.update == self.options.max_updates
 
-    def log(self, *, lr: float, valid_loss: float | None = None) -> None:
-        """Write a metrics row where one is due, and note the validation loss (nats per target)."""
-        if valid_loss is None and not self.is_due(self.cadence.log_every):
+    @property
+    def must_validate(self) -> bool:
+        """Whether a validation is due after the present update."""
+        return self.is_due(self.options.eval_every)
+
+    def log(self, validation: Mapping[str, float] | None = None, **columns: Any) -> None:
+        """Write a metrics row where one is due, and note a validation.
+
+        Args:
+            validation: its figures by name, `figures.metric` among them; None where there was none.
+            columns: what else the row says, such as the learning rate.
+
+        Raises:
+            NonFiniteError: a figure of the validation is nan or infinite.
+        """
+        if validation is None and not self.is_due(self.options.log_every):
             return
         self._read_pending()
         self._tick()
-        row = self.progress.close_window(lr=lr)
-        row["loss"] = self._sum_over_ranks(row["loss"])
-        if valid_loss is not None:
-            if not math.isfinite(valid_loss):
-                raise self._non_finite(f"the validation loss after update {self.progress.update} is {valid_loss}")
-            row["valid_loss"] = valid_loss
-            self.progress.note_validation(valid_loss)
+        progress = self.progress
+        row = progress.close_window(self.figures, columns)
+        for name, value in (validation or {}).items():
+            if not math.isfinite(value):
+                raise self._non_finite(f"the validation's {name} after update {progress.update} is {value}")
+            row[name] = value
+        if validation is not None and self.figures.is_better(validation[self.figures.metric], progress.best_value):
+            progress.best_value, progress.best_update = validation[self.figures.metric], progress.update
         if self.accelerator.is_main_process:
             with self.writing(self._files.metrics_file), self._files.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "update" and v is not None}, step=row["update"])
 
     def save_if_due(self) -> None:
-        """Save at the cadence, and whenever the validation loss is the lowest so far."""
-        if self.is_due(self.cadence.save_every) or self.progress.best_update == self.progress.update:
+        """Save at the cadence, and whenever the validation is the best so far."""
+        if self.is_due(self.options.save_every) or self.progress.best_update == self.progress.update:
             self.save()
 
     def finish(self, results: Mapping[str, Any]) -> None:
@@ -250,17 +264,16 @@ class Run:
             shared = {
                 "updates": self.progress.update,
                 "best_update": self.progress.best_update,
-                "valid_loss": self.progress.best_loss,
-                "unique_samples": self.progress.unique_samples,
-                "seen_instances": self.progress.seen_instances,
-                "target_tokens": self.progress.target_tokens,
+                self.figures.metric: self.progress.best_value,
+                **self.progress.counts(self.figures),
                 "num_copies": self.num_copies,
                 "num_processes": self.accelerator.num_processes,
                 "num_threads": torch.get_num_threads(),
                 "seconds": self.progress.seconds,
             }
+            rows = read_metrics(self._files.metrics_file)
             with self.writing(self.folder):
-                draw_curve(read_metrics(self._files.metrics_file), self.folder / "curve.png", title=self.folder.name)
+                draw_curve(rows, self.folder / "curve.png", title=self.folder.name, figures=self.figures)
                 write_json(self.folder / "results.json", {**shared, **results})
         self.accelerator.end_training()
 
@@ -281,20 +294,15 @@ class Run:
             samples=int(pending.result.num_samples),
             targets=int(pending.result.num_targets),
             num_copies=self.num_copies,
-            max_norm=self.max_norm,
+            max_norm=self.options.max_norm,
         )
-        self._show(loss * self.accelerator.num_processes)
+        self._show(loss)
 
     def _non_finite(self, what: str, sample_ids: Sequence[int] | None = None) -> NonFiniteError:
         """The error for `what`; the samples are by default those of the newest update."""
         ids = self._sample_ids if sample_ids is None else sample_ids
         newest = self._saver.newest()
         return NonFiniteError(what, sample_ids=ids, rank=self.accelerator.process_index, checkpoint=newest)
-
-    def _sum_over_ranks(self, loss: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return loss
-        return float(self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "sum"))
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -312,9 +320,9 @@ class Run:
         if self._bar is None:
             return
         elapsed = max(time.perf_counter() - self._loop_start, 1e-9)
-        rate = (self.progress.target_tokens - self._tokens_at_start) / elapsed
+        rate = (self.progress.targets - self._targets_at_start) / elapsed
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, {rate:,.0f} tokens/s, {self.progress.unique_samples:,} unique, "
+            f"loss {loss:.3f}, {rate:,.0f} {self.figures.target}s/s, {self.progress.unique_samples:,} unique, "
             f"{self.progress.seen_instances:,} seen",
             refresh=False,
         )

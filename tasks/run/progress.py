@@ -6,20 +6,42 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a task measures, in its words.
+
+    Attributes:
+        target: one of the things that the loss is a mean over; throughput is counted in these.
+        loss: the loss and its unit, for the curve's axis.
+        metric: the figure of a validation that chooses the best checkpoint.
+        higher_is_better: the metric's direction.
+    """
+
+    target: str = "token"
+    loss: str = "loss (nats per target token)"
+    metric: str = "valid_loss"
+    higher_is_better: bool = False
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value of the metric is better than the best one so far."""
+        return best is None or (value > best if self.higher_is_better else value < best)
+
+
 @dataclass
 class Progress:
     """What a run has done.
 
-    `unique_samples` counts samples met, `seen_instances` their copies, `target_tokens` the targets in the
-    denominators (copies counted). The `window_*` sums belong to the metrics row that comes next.
+    `unique_samples` counts samples met, `seen_instances` their copies, `targets` what stood in the denominators
+    (copies counted); `best_value` is of the metric that chooses the best checkpoint. The `window_*` sums
+    belong to the metrics row that comes next.
     """
 
     update: int = 0
     unique_samples: int = 0
     seen_instances: int = 0
-    target_tokens: int = 0
+    targets: int = 0
     seconds: float = 0.0
-    best_loss: float | None = None
+    best_value: float | None = None
     best_update: int | None = None
     window_updates: int = 0
     window_loss: float = 0.0
@@ -38,44 +60,45 @@ class Progress:
     def count(
         self, *, loss: float, norm: float, samples: int, targets: int, num_copies: int, max_norm: float | None
     ) -> None:
-        """Add an update.
+        """Add an update, of all ranks.
 
         Args:
-            loss: nats per target, this rank's share of the mean.
+            loss: per target.
             norm: of the gradient before clipping; infinite where fp16's loss scaler skipped the step.
-            samples: unique samples of all ranks.
-            targets: targets of all ranks and copies.
+            samples: unique samples.
+            targets: targets of all copies.
             num_copies: M.
             max_norm: the clipping threshold.
         """
         self.unique_samples += samples
         self.seen_instances += samples * num_copies
-        self.target_tokens += targets
+        self.targets += targets
         self.window_updates += 1
         self.window_loss += loss
         if math.isfinite(norm):
             self.window_norm += norm
             self.window_clipped += int(max_norm is not None and norm > max_norm)
 
-    def close_window(self, *, lr: float) -> dict[str, Any]:
-        """The metrics row of the updates since the last one; its loss is still this rank's share."""
+    def counts(self, figures: Figures) -> dict[str, int]:
+        """What was met, seen and learned from, by the names of `metrics.jsonl` and `results.json`."""
+        return {
+            "unique_samples": self.unique_samples,
+            "seen_instances": self.seen_instances,
+            f"target_{figures.target}s": self.targets,
+        }
+
+    def close_window(self, figures: Figures, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics row of the updates since the last one, with a task's own columns."""
         count = max(self.window_updates, 1)
         row = {
             "update": self.update,
             "loss": self.window_loss / count,
-            "lr": lr,
+            **columns,
             "grad_norm": self.window_norm / count,
             "clip_fraction": self.window_clipped / count,
-            "unique_samples": self.unique_samples,
-            "seen_instances": self.seen_instances,
-            "target_tokens": self.target_tokens,
+            **self.counts(figures),
             "seconds": round(self.seconds, 3),
         }
         self.window_updates = self.window_clipped = 0
         self.window_loss = self.window_norm = 0.0
         return row
-
-    def note_validation(self, loss: float) -> None:
-        """Remember the lowest validation loss (nats per target) and its update."""
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_update = loss, self.update

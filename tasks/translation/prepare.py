@@ -1,5 +1,6 @@
 """From text to samples: read or generate, count what is dropped, train the vocabulary, encode."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,24 @@ import numpy.typing as npt
 from accelerate import Accelerator
 from transformers import MarianTokenizer
 
-from tasks.cli.errors import writing
+from tasks.cli.errors import DataError, writing
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.hub import describe, is_dataset, read_dataset
-from tasks.text.parallel import DataError, ParallelText, clean, describe_dropped, fingerprint, read_parallel
+from tasks.text.parallel import ParallelText, clean, describe_dropped, fingerprint, read_parallel
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
-from tasks.translation.config import TranslationConfig
 from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The raw text of a translation task: test sets by name, and a line that says what the training text is."""
+
+    train: ParallelText
+    valid: ParallelText
+    tests: dict[str, ParallelText]
+    description: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,6 @@ class Corpus:
 
     tokenizer: MarianTokenizer
     collate: TranslationCollator
-    train_text: ParallelText
     train: TokenPairs
     train_lengths: npt.NDArray[np.int32]
     valid: TokenPairs
@@ -39,63 +50,97 @@ class Corpus:
     fingerprint: str
 
 
-def prepare(config: TranslationConfig, accelerator: Accelerator, *, say: Callable[[str], None]) -> Corpus:
+def generate_texts(seed: int) -> Texts:
+    """The built-in corpus."""
+    corpus = generate_corpus(seed=seed)
+    logger.info("no data named: training on the built-in generated English-German corpus")
+    tests = {"generated": corpus["test"]}
+    return Texts(corpus["train"], corpus["valid"], tests, f"the built-in generated corpus, seed {seed}")
+
+
+def read_texts(train: Sequence[str], valid: str, tests: Sequence[str], source_lang: str, target_lang: str) -> Texts:
+    """Read the sources of every text, each a prefix of two files or a data set, and say what was dropped.
+
+    Raises:
+        DataError: a source cannot be read, or holds no pair with both sides.
+    """
+
+    def read(name: str, sources: Sequence[str]) -> ParallelText:
+        whole = read_sources(sources, source_lang, target_lang)
+        with _about(f"{name} text from {', '.join(sources)}", remedy="a pair needs both sides"):
+            text, dropped = clean(whole)
+        logger.info(f"{name} text: {len(text):,} pairs from {', '.join(sources)}; {describe_dropped(dropped)}")
+        return text
+
+    # nothing of a test set is ever dropped
+    test_texts = {
+        name: read_sources([source], source_lang, target_lang) for name, source in unique_names(tests).items()
+    }
+    return Texts(read("training", train), read("validation", [valid]), test_texts, ", ".join(map(describe, train)))
+
+
+def prepare(
+    read: Callable[[], Texts],
+    accelerator: Accelerator,
+    *,
+    vocab_size: int,
+    max_length: int,
+    cache_dir: str,
+    max_length_ratio: float | None = None,
+    num_proc: int = 1,
+) -> Corpus:
     """Make the corpus of a run; the first rank works, the others find its results in the cache.
 
     Args:
-        config: names the data, the vocabulary's size, the longest sentence.
+        read: gives the text; called by the first rank first.
         accelerator: whose first rank goes first.
-        say: is told how many pairs were read and dropped, and why.
+        vocab_size: pieces of the joint vocabulary.
+        max_length, max_length_ratio: pairs over them are dropped and counted, see `encode_pairs`.
+        cache_dir: of the vocabulary and the encoded pairs.
+        num_proc: threads that encode.
 
     Raises:
         DataError: the text cannot be read or leaves nothing to train on.
     """
     with accelerator.main_process_first():
-        train, valid, tests = _texts(config, say)
-        for name, text in {"validation": valid, **tests}.items():
-            if shared := _shared_sources(train, text):
-                say(f"{name} text: {shared:,} of {len(text):,} source sentences are in the training text too")
-        with writing(config.cache_dir, remedy="make room, or give another --cache-dir"):
-            folder = train_tokenizer(train, config.vocab_size, config.cache_dir)
-            tokenizer = load_tokenizer(folder)
-            train_set, train_lengths = _encoded("training", train, tokenizer, config, say)
-            valid_set, valid_lengths = _encoded("validation", valid, tokenizer, config, say)
+        texts = read()
+        for name, text in {"validation": texts.valid, **texts.tests}.items():
+            if shared := _shared_sources(texts.train, text):
+                logger.info(f"{name} text: {shared:,} of {len(text):,} source sentences are in the training text too")
+        with writing(cache_dir, remedy="make room, or give another --cache-dir"):
+            tokenizer = load_tokenizer(train_tokenizer(texts.train, vocab_size, cache_dir))
+
+            def encoded(
+                name: str, text: ParallelText, max_ratio: float | None = None
+            ) -> tuple[TokenPairs, npt.NDArray[np.int32]]:
+                limits = f"--max-length {max_length}" + (f", --max-length-ratio {max_ratio}" if max_ratio else "")
+                with _about(f"{name} text", remedy=f"raise {limits} (in pieces)"):
+                    dataset, dropped = encode_pairs(
+                        text,
+                        tokenizer,
+                        cache_dir=Path(cache_dir),
+                        num_proc=num_proc,
+                        max_length=max_length,
+                        max_ratio=max_ratio,
+                    )
+                if any(dropped.values()):
+                    counts = describe_dropped(dropped)
+                    logger.info(f"{name} text: {counts} ({limits}, in pieces); {len(dataset):,} pairs are left")
+                return TokenPairs(dataset), lengths(dataset)
+
+            train, train_lengths = encoded("training", texts.train, max_length_ratio)
+            valid, valid_lengths = encoded("validation", texts.valid)
     return Corpus(
         tokenizer=tokenizer,
         collate=TranslationCollator(tokenizer.pad_token_id, decoder_start_token_id=tokenizer.pad_token_id),
-        train_text=train,
-        train=train_set,
+        train=train,
         train_lengths=train_lengths,
-        valid=valid_set,
+        valid=valid,
         valid_lengths=valid_lengths,
-        tests=tests,
-        description=_describe(config, len(train_set)),
-        fingerprint=fingerprint(train) + fingerprint(valid),
+        tests=texts.tests,
+        description=f"{texts.description}: {len(train):,} training pairs",
+        fingerprint=fingerprint(texts.train) + fingerprint(texts.valid),
     )
-
-
-def _texts(
-    config: TranslationConfig, say: Callable[[str], None]
-) -> tuple[ParallelText, ParallelText, dict[str, ParallelText]]:
-    if config.is_generated:
-        corpus = generate_corpus(seed=config.corpus_seed)
-        say("no data named: training on the built-in generated English-German corpus")
-        return corpus["train"], corpus["valid"], {"generated": corpus["test"]}
-
-    def read(name: str, sources: Sequence[str]) -> ParallelText:
-        whole = read_sources(sources, config.source_lang, config.target_lang)
-        with _about(f"{name} text from {', '.join(sources)}", remedy="a pair needs both sides"):
-            text, dropped = clean(whole)
-        say(f"{name} text: {len(text):,} pairs from {', '.join(sources)}; {describe_dropped(dropped)}")
-        return text
-
-    assert config.valid_prefix is not None
-    # nothing of a test set is ever dropped
-    tests = {
-        name: read_sources([source], config.source_lang, config.target_lang)
-        for name, source in unique_names(config.test_prefix).items()
-    }
-    return read("training", config.train_prefix), read("validation", [config.valid_prefix]), tests
 
 
 def read_sources(sources: Sequence[str], source_lang: str, target_lang: str) -> ParallelText:
@@ -130,26 +175,6 @@ def _shared_sources(train: ParallelText, other: ParallelText) -> int:
     return sum(source in known for source in other.source)
 
 
-def _encoded(
-    name: str, text: ParallelText, tokenizer: MarianTokenizer, config: TranslationConfig, say: Callable[[str], None]
-) -> tuple[TokenPairs, npt.NDArray[np.int32]]:
-    max_ratio = config.max_length_ratio if name == "training" else None
-    limits = f"--max-length {config.max_length}" + (f", --max-length-ratio {max_ratio}" if max_ratio else "")
-    with _about(f"{name} text", remedy=f"raise {limits} (in pieces)"):
-        dataset, dropped = encode_pairs(
-            text,
-            tokenizer,
-            cache_dir=Path(config.cache_dir),
-            num_proc=config.num_proc,
-            max_length=config.max_length,
-            too_long="drop",
-            max_ratio=max_ratio,
-        )
-    if any(dropped.values()):
-        say(f"{name} text: {describe_dropped(dropped)} ({limits}, in pieces); {len(dataset):,} pairs are left")
-    return TokenPairs(dataset), lengths(dataset)
-
-
 @contextmanager
 def _about(what: str, *, remedy: str) -> Iterator[None]:
     """Begin the message of a `DataError` with the text that it is about, and end it with what to do."""
@@ -157,10 +182,3 @@ def _about(what: str, *, remedy: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{what}: {error}; {remedy}") from error
-
-
-def _describe(config: TranslationConfig, pairs: int) -> str:
-    if config.is_generated:
-        return f"the built-in generated corpus, seed {config.corpus_seed}, {pairs:,} training pairs"
-    names = ", ".join(describe(source) for source in config.train_prefix)
-    return f"{names}: {pairs:,} training pairs"

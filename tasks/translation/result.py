@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 from transformers import MarianMTModel
 
 from tasks.cli.files import write_text
@@ -10,29 +13,49 @@ from tasks.run.loop import Run
 from tasks.scoring.bleu import BleuScore, one_line_each, score_bleu
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.translation.card import save_model_folder
-from tasks.translation.config import TranslationConfig
 from tasks.translation.model import decoding_config
 from tasks.translation.prepare import Corpus
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # translations a test set
 
 
-def write_result(config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel) -> None:
-    """Score every test set by itself, and write `hyp.*.txt`, `model/` and `results.json` into the run folder."""
+def write_result(
+    run: Run,
+    corpus: Corpus,
+    model: MarianMTModel,
+    decoding: Decoding,
+    max_length: int,
+    *,
+    languages: tuple[str, str],
+    made_by: Mapping[str, str],
+) -> None:
+    """Score every test set by itself, and write `hyp.*.txt`, `model/` and `results.json` into the run folder.
+
+    Args:
+        run: whose folder it is.
+        corpus: the test sets.
+        model: with the weights of the best checkpoint.
+        decoding: the search, also the model folder's default.
+        max_length: the most pieces of a translation.
+        languages: source and target, for the model card.
+        made_by: how the model was trained, for the model card.
+    """
     model.generation_config = decoding_config(
-        model, num_beams=config.num_beams, length_penalty=config.length_penalty, max_length=config.max_length
+        model, num_beams=decoding.num_beams, length_penalty=decoding.length_penalty, max_length=max_length
     )
     files = dict(zip(corpus.tests, hypothesis_files(list(corpus.tests)), strict=True))
-    scores = {name: _score(config, run, corpus, model, name, files[name]) for name in corpus.tests}
+    scores = {name: _score(run, corpus, model, name, files[name], decoding, max_length) for name in corpus.tests}
     if run.accelerator.is_main_process:
+        updates = run.progress.best_update or run.progress.update
+        rows = {
+            "data": corpus.description,
+            "updates": f"{updates:,} (the checkpoint with the lowest validation loss)",
+            **made_by,
+        }
         save_model_folder(
-            run.folder / "model",
-            model,
-            corpus.tokenizer,
-            config,
-            data=corpus.description,
-            updates=run.progress.best_update or run.progress.update,
-            scores=scores,
+            run.folder / "model", model, corpus.tokenizer, languages=languages, made_by=rows, scores=scores
         )
     tests = {
         name: {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding, "file": files[name]}
@@ -40,22 +63,22 @@ def write_result(config: TranslationConfig, run: Run, corpus: Corpus, model: Mar
     }
     run.finish({"tests": tests})
     for name, score in scores.items():
-        run.say(f"test {name}: {score}")
+        logger.info(f"test {name}: {score}")
     if not scores:
-        run.say("no --test-prefix: nothing was scored")
-    run.say(f"{run.folder}: model/, curve.png, results.json, metrics.jsonl{', hyp.*.txt' if scores else ''}")
+        logger.info("no --test-prefix: nothing was scored")
+    logger.info(f"{run.folder}: model/, curve.png, results.json, metrics.jsonl{', hyp.*.txt' if scores else ''}")
 
 
 def _score(
-    config: TranslationConfig, run: Run, corpus: Corpus, model: MarianMTModel, name: str, file: str
+    run: Run, corpus: Corpus, model: MarianMTModel, name: str, file: str, decoding: Decoding, max_length: int
 ) -> BleuScore:
     text = corpus.tests[name]
     cut = count_truncated(model, corpus.tokenizer, text.source)
-    run.say(f"translating {name}: {len(text):,} sentences" + (f", {cut} cut to {config.max_length}" if cut else ""))
+    logger.info(f"translating {name}: {len(text):,} sentences" + (f", {cut} cut to {max_length}" if cut else ""))
     hypotheses = translate(run.accelerator, model, corpus.tokenizer, text.source)
     for source, hypothesis, reference in list(zip(text.source, hypotheses, text.target, strict=True))[:_SHOWN]:
-        run.say(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
+        logger.info(f"\n  source      {source}\n  translation {hypothesis}\n  reference   {reference}")
     if run.accelerator.is_main_process:
         lines, _ = one_line_each(hypotheses)
         write_text(run.folder / file, "".join(f"{line}\n" for line in lines))
-    return score_bleu(hypotheses, text.target, str(Decoding(config.num_beams, config.length_penalty)))
+    return score_bleu(hypotheses, text.target, str(decoding))

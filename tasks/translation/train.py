@@ -1,5 +1,6 @@
 """Train a translation model, M copies of every pair in an update: the loop, top to bottom."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,98 +13,93 @@ from transformers import MarianMTModel
 
 from seqba import schedule
 from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
+from seqba.groups import CopyGroup
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep, UpdateResult
 from tasks.cli.errors import UserError, identical_copies
 from tasks.cli.machine import start_accelerator
+from tasks.decoding.search import Decoding
 from tasks.models.transformer import build_model
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
-from tasks.run.loop import Cadence, Run, set_learning_rate
+from tasks.run.loop import Run, set_learning_rate
 from tasks.run.stream import SAMPLE_IDS, BatchStream
-from tasks.translation.config import TranslationConfig, as_json, may_differ
+from tasks.translation.config import TranslationConfig, TranslationOptions, may_differ, run_folder
 from tasks.translation.model import TranslationLoss, count_labels, count_parameters, summed_loss
-from tasks.translation.prepare import Corpus, prepare
+from tasks.translation.prepare import Corpus, Texts, generate_texts, prepare, read_texts
 from tasks.translation.result import write_result
+
+logger = logging.getLogger(__name__)
 
 _AUDITED = 4  # samples on which the copies are compared
 
 
-def train(config: TranslationConfig) -> None:
-    """Run `config` from text to a scored model folder.
+def train(options: TranslationOptions) -> None:
+    """Train from text to a scored model folder.
 
     Raises:
         UserError: options, data or the run folder cannot be used, and nothing was trained; or a run ended in its midst,
             by a loss that is not finite or a disk that is full: its last good checkpoint is kept.
         SystemExit: the run was stopped by Ctrl-C or SIGTERM, after it was saved.
     """
-    for _ in training(config):
+    for _ in training(options):
         pass
 
 
-def training(config: TranslationConfig) -> Iterator[UpdateResult]:
+def training(options: TranslationOptions) -> Iterator[UpdateResult]:
     """`train`, which hands back control after every update; closed early, it leaves an unfinished run."""
-    folder = Path(config.folder)
+    config, copies = options.config, options.copies
+    folder = Path(run_folder(options))
     accelerator = start_accelerator(
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-        report_to=config.report_to,
-        folder=folder,
-        cpu=config.cpu,
+        options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
     run = Run(
         accelerator,
         folder,
-        as_json(config),
-        Cadence(config.max_updates, config.log_every, config.eval_every, config.save_every, config.keep_checkpoints),
-        num_copies=config.ba_m,
-        max_norm=config.max_norm,
-        resume=config.resume,
+        options.run,
+        options.as_json(),
+        num_copies=copies.ba_m,
         may_differ=may_differ(config),
     )
 
     # ---- data and model
-    corpus = prepare(config, accelerator, say=run.say)
-    stream = make_stream(config, accelerator, corpus)
-    model = build(config, corpus)
+    corpus = load_corpus(config, accelerator)
+    stream = make_stream(options, accelerator, corpus)
+    model = build(config, corpus, options.run.seed)
     loss_model = TranslationLoss(model, config.label_smoothing)
     optimizer = torch.optim.Adam(loss_model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    if config.ba_m > 1 and not config.allow_identical_copies:
+    if copies.ba_m > 1 and not copies.allow_identical_copies:
         _refuse_identical_copies(loss_model, stream, corpus)
-    rate = learning_rate(config)
+    rate = learning_rate(config, options.run.max_updates)
     step = TrainStep(
         accelerator,
         wrapped,
         optimizer,
         loss_fn=summed_loss,
         count_fn=count_labels,
-        num_copies=config.ba_m,
-        copies_per_pass="auto" if config.copies_per_pass == "auto" else int(config.copies_per_pass),
-        max_norm=config.max_norm,
-        copy_seed=config.seed if config.reproducible_copies else None,
+        num_copies=copies.ba_m,
+        copies_per_pass=copies.copies_per_pass,
+        max_norm=options.run.max_norm,
+        copy_seed=options.run.seed if copies.reproducible_copies else None,
     )
-    run.say(
-        f"{count_parameters(model):,} parameters, {len(corpus.train):,} training pairs, M = {config.ba_m}, "
-        f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
-    )
-    run.say(_describe_update(config, corpus, stream))
+    _describe(options, accelerator, corpus, stream, model)
     with run.writing(folder):
         accelerator.init_trackers("translation", config=None)
     run.attach(model, optimizer, data=SameData(corpus.fingerprint), stream=stream, step=step)
 
     # ---- the loop
     for update in run.updates():
-        batches = stream.take(config.accumulation)
+        batches = stream.take(options.run.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
         lr = set_learning_rate(optimizer, rate(update))
         result = step(batches, update=update)
         run.record(update, result, sample_ids)
-        valid_loss = None
-        if run.is_due(config.eval_every):
-            valid_loss = validation_loss(accelerator, loss_model, corpus, config.max_tokens)
-        run.log(lr=lr, valid_loss=valid_loss)
+        validation = None
+        if run.must_validate:
+            validation = {"valid_loss": validation_loss(accelerator, loss_model, corpus, config.max_tokens)}
+        run.log(validation, lr=lr)
         run.save_if_due()
         yield result
     if run.interrupted:
@@ -112,7 +108,16 @@ def training(config: TranslationConfig) -> Iterator[UpdateResult]:
     # ---- the result: the checkpoint with the lowest validation loss, scored once
     run.load_best()
     with run.writing(folder):
-        write_result(config, run, corpus, model)
+        decoding = Decoding(config.num_beams, config.length_penalty)
+        write_result(
+            run,
+            corpus,
+            model,
+            decoding,
+            config.max_length,
+            languages=(config.source_lang, config.target_lang),
+            made_by=describe_training(options),
+        )
 
 
 @torch.no_grad()
@@ -133,33 +138,65 @@ def validation_loss(accelerator: Accelerator, loss_model: nn.Module, corpus: Cor
     return nll / targets
 
 
-def make_stream(config: TranslationConfig, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
+def read_corpus(config: TranslationConfig) -> Texts:
+    """Read or generate the text.
+
+    Raises:
+        DataError: it cannot be read, or holds no pair.
+    """
+    if config.is_generated:
+        return generate_texts(config.corpus_seed)
+    assert config.valid_prefix is not None
+    return read_texts(
+        config.train_prefix, config.valid_prefix, config.test_prefix, config.source_lang, config.target_lang
+    )
+
+
+def load_corpus(config: TranslationConfig, accelerator: Accelerator) -> Corpus:
+    """Read or generate the text, and encode it.
+
+    Raises:
+        DataError: the text cannot be read or leaves nothing to train on.
+    """
+    return prepare(
+        lambda: read_corpus(config),
+        accelerator,
+        vocab_size=config.vocab_size,
+        max_length=config.max_length,
+        max_length_ratio=config.max_length_ratio,
+        cache_dir=config.cache_dir,
+        num_proc=config.num_proc,
+    )
+
+
+def make_stream(options: TranslationOptions, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
     """This rank's batches of the training text, by token budget.
 
     Raises:
         UserError: a pair is longer than the budget.
     """
-    try:
-        sampler = TokenBatchSampler(
-            corpus.train_lengths,
-            config.max_tokens,
-            seed=config.seed,
-            num_shards=accelerator.num_processes,
-            shard=accelerator.process_index,
-            batches_per_update=config.accumulation,
-        )
-    except ValueError as error:  # a pair longer than the budget; pieces are known only now
+    max_tokens, longest = options.config.max_tokens, int(corpus.train_lengths.max())
+    if longest > max_tokens:  # pieces are known only now
         raise UserError(
-            f"--max-tokens {config.max_tokens} is too small for a pair of {int(corpus.train_lengths.max())} pieces; "
-            "raise it, or drop long pairs by a lower --max-length"
-        ) from error
+            f"--max-tokens {max_tokens} is too small for a pair of {longest} pieces; raise it, or drop long pairs by a "
+            "lower --max-length"
+        )
+    group = CopyGroup.of(accelerator, options.copies.ba_m)
+    sampler = TokenBatchSampler(
+        corpus.train_lengths,
+        max_tokens,
+        seed=options.run.seed,
+        num_shards=group.num_groups,
+        shard=group.index,
+        batches_per_update=options.run.accumulation,
+    )
     return BatchStream(
         corpus.train,
         sampler,
         corpus.collate,
         device=accelerator.device,
-        seed=config.seed,
-        num_workers=config.num_workers,
+        seed=options.run.seed,
+        num_workers=options.run.num_workers,
     )
 
 
@@ -174,30 +211,48 @@ def _refuse_identical_copies(loss_model: nn.Module, stream: BatchStream, corpus:
         raise identical_copies(error, "--dropout 0.1") from error
 
 
-def _describe_update(config: TranslationConfig, corpus: Corpus, stream: BatchStream) -> str:
-    """What an update sees on average, as "tokens a batch" means many things."""
-    updates = len(stream.sampler) / config.accumulation  # of an epoch; a rank's batches, several at a time
+def _describe(
+    options: TranslationOptions, accelerator: Accelerator, corpus: Corpus, stream: BatchStream, model: MarianMTModel
+) -> None:
+    """Say what is trained, and what an update sees on average, as "tokens a batch" means many things."""
+    num_copies = options.copies.ba_m
+    logger.info(
+        f"{count_parameters(model):,} parameters, {len(corpus.train):,} training pairs, M = {num_copies}, "
+        f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
+    )
+    updates = len(stream.sampler) / options.run.accumulation  # of an epoch; a rank's batches, several at a time
     source, target = (total / updates for total in corpus.train.num_tokens)
-    return (
+    logger.info(
         f"an update has {len(corpus.train) / updates:,.0f} pairs of {source:,.0f} source and {target:,.0f} target "
-        f"tokens (mean over all ranks, no padding), each {config.ba_m} times; "
-        f"{updates:,.0f} updates an epoch"
+        f"tokens (mean over all ranks, no padding), each {num_copies} times; {updates:,.0f} updates an epoch"
     )
 
 
-def learning_rate(config: TranslationConfig) -> Callable[[int], float]:
+def describe_training(options: TranslationOptions) -> dict[str, str]:
+    """How a model was made, for its card."""
+    config, copies = options.config, options.copies
+    passes = f"copies per pass {copies.copies_per_pass}, reproducible copies {copies.reproducible_copies}"
+    return {
+        "copies of each pair in an update, M": f"{copies.ba_m} ({passes})",
+        "batch": f"{config.max_tokens:,} padded tokens before repetition, times {options.run.accumulation} a rank",
+        "dropout, the random transform T": f"{config.dropout} on embeddings and residual branches, "
+        f"{config.attention_dropout} on attention weights, {config.activation_dropout} inside feed-forward layers",
+    }
+
+
+def learning_rate(config: TranslationConfig, max_updates: int) -> Callable[[int], float]:
     """update -> rate: a linear warm-up to lr_scale * (width * warmup)^-0.5, and the decay that was asked for."""
-    warmup, total = config.warmup_updates, config.max_updates
+    warmup = config.warmup_updates
     if config.lr_decay == "inverse-sqrt":
         return partial(schedule.transformer, width=config.width, warmup_updates=warmup, scale=config.lr_scale)
     decay = schedule.linear if config.lr_decay == "linear" else schedule.cosine
     peak = config.lr_scale * (config.width * warmup) ** -0.5
-    return partial(decay, peak_lr=peak, warmup_updates=warmup, total_updates=total)
+    return partial(decay, peak_lr=peak, warmup_updates=warmup, total_updates=max_updates)
 
 
-def build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
+def build(config: TranslationConfig, corpus: Corpus, seed: int) -> MarianMTModel:
     """A model with new weights, equal on all ranks; the generators are seeded for the masks afterwards."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     model = build_model(
         vocab_size=len(corpus.tokenizer),
         width=config.width,
@@ -211,7 +266,7 @@ def build(config: TranslationConfig, corpus: Corpus) -> MarianMTModel:
         eos_token_id=corpus.tokenizer.eos_token_id,
         max_length=config.max_length,
     )
-    set_seed(config.seed, device_specific=True)  # the weights are equal on all ranks, the masks are not
+    set_seed(seed, device_specific=True)  # the weights are equal on all ranks, the masks are not
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tasks.cli.errors import UserError
 from tasks.cli.options import check_least
 from tasks.text.parallel import OPENERS
-from tasks.translation.config import TranslationConfig, parse_config
+from tasks.translation.config import TranslationConfig, TranslationOptions, parse_config
 from tasks.translation.presets import text_of_preset
 
 ROWS = ("trainer", "bare", "fused", "waiting", "memory", "preprocessing", "decoding", "streams")
@@ -51,15 +51,14 @@ class BenchmarkConfig:
             raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
 
     def __str__(self) -> str:
-        return f"options: {asdict(self)}\nupdates of: {asdict(self.training())}"
+        return f"options: {asdict(self)}\nupdates of: {self.training().as_json()}"
 
-    def training(self, **changes: Any) -> TranslationConfig:
+    def training(self, **changes: Any) -> TranslationOptions:
         """The run whose updates are timed: it never validates or saves, and logs as the preset does."""
         folder = self.data_dir or os.environ.get("SEQBA_DATA")
         preset = self.preset or (_PREFERRED if folder and _has_training_text(_PREFERRED, folder) else _FALLBACK)
         argv: Sequence[str] = ["--preset", preset, *(["--data-dir", folder] if folder else [])]
-        return replace(
-            parse_config(argv),
+        return parse_config(argv).changed(
             **{
                 "mixed_precision": self.mixed_precision,
                 "cache_dir": self.cache_dir,

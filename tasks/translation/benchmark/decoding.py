@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,11 +11,10 @@ from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.benchmark.ratios import Ratio, compare
-from tasks.cli.machine import start_accelerator
+from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.search import Decoding, max_new_tokens, translate
 from tasks.translation.benchmark.config import BenchmarkConfig
-from tasks.translation.prepare import prepare
-from tasks.translation.train import train
+from tasks.translation.train import load_corpus, train
 
 _BATCH = 32
 _TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
@@ -24,12 +22,12 @@ _TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
 
 def decoding_ratio(config: BenchmarkConfig) -> tuple[Ratio, int, str]:
     """Speed of `translate` over the plain loop, how many sentences each translated, and by which model."""
-    accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
+    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = config.model or _train(config, folder)
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForSeq2SeqLM.from_pretrained(path).eval().to(accelerator.device)
-    tests = prepare(config.training(), accelerator, say=lambda text: None).tests
+    tests = load_corpus(config.training().config, accelerator).tests
     sources = [source for text in tests.values() for source in text.source][: config.sentences]
     ratio = compare(
         lambda: _in_file_order(accelerator, model, tokenizer, sources),
@@ -57,8 +55,8 @@ def _in_file_order(
 
 
 def _train(config: BenchmarkConfig, folder: str) -> Path:
-    training = config.training(
-        output_dir=f"{folder}/run", test_prefix=[], lr_decay="inverse-sqrt", warmup_updates=_TRAINED_UPDATES // 2
-    )
-    train(replace(training, max_updates=_TRAINED_UPDATES, eval_every=_TRAINED_UPDATES, save_every=_TRAINED_UPDATES))
+    updates = _TRAINED_UPDATES
+    rate = {"lr_decay": "inverse-sqrt", "warmup_updates": updates // 2}
+    cadence = {"max_updates": updates, "eval_every": updates, "save_every": updates}
+    train(config.training(output_dir=f"{folder}/run", test_prefix=[], **rate, **cadence))
     return Path(folder, "run", "model")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqba.step import TrainStep
-from tasks.cli.machine import start_accelerator
+from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.models.transformer import build_model
 from tasks.translation.model import TranslationLoss, count_labels, summed_loss
 
@@ -37,7 +37,7 @@ def update_of(
     cpu: bool = False,
 ) -> Callable[[], float]:
     """A function that does one update of the training step, and returns its loss when the device has finished."""
-    accelerator = start_accelerator(seed=0, mixed_precision=mixed_precision, cpu=cpu)
+    accelerator = start_accelerator(MachineOptions(mixed_precision, cpu), seed=0)
     model = build_model(
         vocab_size=shape.vocab_size,
         width=shape.width,

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tasks.benchmark.ratios import Ratio, Row, compare
-from tasks.cli.machine import start_accelerator
 from tasks.text.encoding import LineEncoder
+from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation.benchmark.config import BenchmarkConfig
 from tasks.translation.benchmark.decoding import decoding_ratio
 from tasks.translation.benchmark.memory import Plan, peak_bytes
@@ -22,7 +22,7 @@ from tasks.translation.benchmark.synthetic import Shape, update_of
 from tasks.translation.benchmark.trainer import TrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
 from tasks.translation.data import encode_pairs
-from tasks.translation.prepare import prepare
+from tasks.translation.train import read_corpus
 
 
 def trainer(config: BenchmarkConfig) -> list[Row]:
@@ -68,7 +68,7 @@ def bare(config: BenchmarkConfig) -> list[Row]:
 def fused(config: BenchmarkConfig) -> list[Row]:
     """One fused update of M copies against M updates of one, on the same text and batches."""
     num_copies = config.ba_m
-    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=str(num_copies)))
+    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=num_copies))
     one = OwnUpdates(config.training())
     count = max(1, config.updates // num_copies)
     ratio = compare(lambda: many.advance(count), lambda: one.advance(count * num_copies), pairs=config.pairs, warm_up=1)
@@ -128,10 +128,9 @@ def memory(config: BenchmarkConfig) -> list[Row]:
 
 def preprocessing(config: BenchmarkConfig) -> list[Row]:
     """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
-    training = config.training()
-    accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
-    corpus = prepare(training, accelerator, say=lambda text: None)
-    text, tokenizer = corpus.train_text, corpus.tokenizer
+    training = config.training().config
+    text = read_corpus(training).train
+    tokenizer = load_tokenizer(train_tokenizer(text, training.vocab_size, training.cache_dir))
 
     def own() -> None:
         with tempfile.TemporaryDirectory() as folder:

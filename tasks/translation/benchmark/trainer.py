@@ -15,10 +15,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from seqba.loss import count_targets
 from tasks.benchmark.step_timer import StepTimer
 from tasks.cli.machine import start_accelerator
-from tasks.translation.config import TranslationConfig
+from tasks.translation.config import TranslationOptions
 from tasks.translation.data import TokenPairs
-from tasks.translation.prepare import prepare
-from tasks.translation.train import build, make_stream
+from tasks.translation.train import build, load_corpus, make_stream
 
 _WARM_UP = 2  # updates of every `train` call that are not timed
 
@@ -30,16 +29,16 @@ class TrainerUpdates:
     token budget; `padded_tokens` holds both means, the training script's first.
     """
 
-    def __init__(self, config: TranslationConfig) -> None:
-        accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
-        corpus = prepare(config, accelerator, say=lambda text: None)
-        self._config, self._corpus = config, corpus
-        batches = list(make_stream(config, accelerator, corpus).sampler)
+    def __init__(self, options: TranslationOptions) -> None:
+        accelerator = start_accelerator(options.machine, seed=options.run.seed)
+        corpus = load_corpus(options.config, accelerator)
+        self._options, self._corpus = options, corpus
+        batches = list(make_stream(options, accelerator, corpus).sampler)
         sides = np.array([[len(sample[name]) for name in TokenPairs.columns] for sample in _all(corpus.train)])
         self.batch_size, padded = _matching_batch_size(batches, sides, corpus.train_lengths.tolist())
         self.padded_tokens = (_padded(batches, sides), padded)
         self._folder = tempfile.TemporaryDirectory()
-        self._model = build(config, corpus)
+        self._model = build(options.config, corpus, options.run.seed)
         self.num_workers = 0
 
     def tune(self, choices: Sequence[int] = (0, 1, 2), updates: int = 8) -> None:
@@ -70,7 +69,7 @@ class TrainerUpdates:
         self._folder.cleanup()
 
     def _arguments(self, max_steps: int) -> Seq2SeqTrainingArguments:
-        config = self._config
+        config, run, machine = self._options.config, self._options.run, self._options.machine
         return Seq2SeqTrainingArguments(
             output_dir=self._folder.name,
             per_device_train_batch_size=self.batch_size,
@@ -80,19 +79,19 @@ class TrainerUpdates:
             adam_beta1=0.9,
             adam_beta2=0.98,
             adam_epsilon=1e-9,
-            bf16=config.mixed_precision == "bf16",
-            fp16=config.mixed_precision == "fp16",
-            use_cpu=config.cpu,
+            bf16=machine.mixed_precision == "bf16",
+            fp16=machine.mixed_precision == "fp16",
+            use_cpu=machine.cpu,
             train_sampling_strategy="group_by_length",
             length_column_name="length",
             dataloader_num_workers=self.num_workers,
             dataloader_persistent_workers=self.num_workers > 0,
-            logging_steps=config.log_every,
+            logging_steps=run.log_every,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            seed=config.seed,
-            gradient_accumulation_steps=config.accumulation,
+            seed=run.seed,
+            gradient_accumulation_steps=run.accumulation,
         )
 
 

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,18 +14,17 @@ from seqba.loss import count_targets
 from tasks.benchmark.ratios import wait_for_device
 from tasks.cli.machine import start_accelerator
 from tasks.run.stream import SAMPLE_IDS, BatchStream
-from tasks.translation.config import TranslationConfig
+from tasks.translation.config import TranslationOptions
 from tasks.translation.model import TranslationLoss
-from tasks.translation.prepare import prepare
-from tasks.translation.train import build, make_stream, training
+from tasks.translation.train import build, load_corpus, make_stream, training
 
 
 class OwnUpdates:
     """The updates of `scripts/train_wmt.py`, in a run folder that is thrown away."""
 
-    def __init__(self, config: TranslationConfig) -> None:
+    def __init__(self, options: TranslationOptions) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._run = training(replace(config, output_dir=f"{self._folder.name}/run"))
+        self._run = training(options.changed(output_dir=f"{self._folder.name}/run"))
 
     def advance(self, count: int) -> int:
         """Do `count` updates; returns their target tokens, copies counted. The device has finished then."""
@@ -43,15 +41,15 @@ class OwnUpdates:
 class BareUpdates:
     """A plain PyTorch loop on batches that are already tensors on the device: the same model, loss and optimizer."""
 
-    def __init__(self, config: TranslationConfig, num_batches: int) -> None:
-        self._accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
-        corpus = prepare(config, self._accelerator, say=lambda text: None)
-        self._batches = make_stream(config, self._accelerator, corpus).take(num_batches)
+    def __init__(self, options: TranslationOptions, num_batches: int) -> None:
+        self._accelerator = start_accelerator(options.machine, seed=options.run.seed)
+        corpus = load_corpus(options.config, self._accelerator)
+        self._batches = make_stream(options, self._accelerator, corpus).take(num_batches)
         for batch in self._batches:
             del batch[SAMPLE_IDS]
         self._next = 0
-        model = build(config, corpus).to(self._accelerator.device)
-        self._model = TranslationLoss(model, config.label_smoothing).train()
+        model = build(options.config, corpus, options.run.seed).to(self._accelerator.device)
+        self._model = TranslationLoss(model, options.config.label_smoothing).train()
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
     def advance(self, count: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.cli.errors import UserError
+from tasks.cli.machine import MachineOptions
 from tasks.cli.options import OptionParser, check_least, option
 from tasks.decoding.search import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
-from tasks.translation.config import PRECISIONS
 
 _LEAST = {"num_beams": 1, "mc_dropout": 0, "num_samples_bootstrap": 1, "seed": 1, "max_tokens": 1}
 
@@ -55,8 +55,6 @@ class EvaluationConfig:
     max_tokens: int | None = option(
         None, "padded source tokens of a batch, before beams; by default 1 024 on a processor, 8 192 elsewhere"
     )
-    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate is configured to")
-    cpu: bool = option(False, "translate on the processor even where an accelerator is at hand")
 
     # results
     output_dir: str | None = option(None, "new folder for results.json and the translations, hyp.MODEL.TEST.txt")
@@ -69,8 +67,6 @@ class EvaluationConfig:
             raise UserError("--model DIR names what is evaluated; none is given")
         if repeated := sorted({name for name in self.model if self.model.count(name) > 1}):
             raise UserError(f"--model {repeated[0]} is given twice")
-        if self.mixed_precision not in (None, *PRECISIONS):
-            raise UserError(f"--mixed-precision must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision}")
         self._check_search()
         self._check_text()
 
@@ -99,13 +95,15 @@ class EvaluationConfig:
             raise UserError("no text to translate: give --test-prefix P, or --source FILE with --reference FILE")
 
 
-def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluationConfig:
+def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[EvaluationConfig, MachineOptions]:
     """Options from the command line (`--num-beams` and `--num_beams` alike).
 
     Raises:
         UserError: a value out of range, an option that is unknown or missing; the message names it.
     """
-    parser = OptionParser(EvaluationConfig, allow_abbrev=False, description="Translate test text and score it.")
+    parser = OptionParser(
+        (EvaluationConfig, MachineOptions), allow_abbrev=False, description="Translate test text and score it."
+    )
     parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
-    (config,) = parser.parse_args_into_dataclasses(argv)
-    return config
+    config, machine = parser.parse_args_into_dataclasses(argv)
+    return config, machine

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.cli.errors import UserError, make_folder, writing
 from tasks.cli.files import write_json, write_text
-from tasks.cli.machine import start_accelerator
+from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.mc_dropout import has_dropout
 from tasks.decoding.search import count_truncated, describe_other_settings, translate
 from tasks.models.pretrained import use_languages
@@ -31,7 +31,7 @@ RESULTS = "results.json"
 _REMEDY = "name another folder with --output-dir"
 
 
-def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any]:
     """Run `config`: everything that can be wrong is found before the first sentence is translated.
 
     Returns:
@@ -42,7 +42,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """
     folder = _new_folder(config.output_dir)
     texts = _read_texts(config)
-    accelerator = start_accelerator(seed=config.seed, mixed_precision=config.mixed_precision, cpu=config.cpu)
+    accelerator = start_accelerator(machine, seed=config.seed)
     systems = _load_systems(config)
     pairs = list(product(systems, texts))
     files = dict(zip(pairs, hypothesis_files([f"{name}.{test}" for name, test in pairs]), strict=True))
@@ -52,7 +52,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     }
     if not accelerator.is_main_process:
         return {}
-    results: dict[str, Any] = {"options": asdict(config), "models": {}, "tests": {}}
+    results: dict[str, Any] = {"options": {**asdict(config), **asdict(machine)}, "models": {}, "tests": {}}
     for name, path in system_names(config.model).items():
         results["models"][name] = about = {"model": path, "decoding": _describe_search(config, systems[name][0])}
         accelerator.print(f"{name}: {about['model']}; {about['decoding']}")

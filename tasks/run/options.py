@@ -1,0 +1,64 @@
+"""The options of a run that all training scripts of ours share."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from seqba.arguments import BatchAugmentationArguments
+from tasks.cli.errors import UserError
+from tasks.cli.machine import MachineOptions
+from tasks.cli.options import check_least, option
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run trains, what it writes, and when."""
+
+    max_updates: int = option(800, "updates (optimizer steps)")
+    accumulation: int = option(1, "batches of a rank in one update")
+    max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
+    num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")
+    output_dir: str | None = option(None, "the run folder; by default one under runs/, named by task, data, M and seed")
+    seed: int = option(0, "seed of the weights, the data order and the masks")
+    resume: bool = option(False, "continue the run in --output-dir from its newest good checkpoint, exactly")
+    log_every: int = option(25, "updates between rows of metrics.jsonl")
+    eval_every: int = option(100, "updates between validations")
+    save_every: int = option(100, "updates between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept, beside the best")
+    report_to: str | None = option(None, "a tracker that accelerate knows, such as tensorboard")
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("max_updates", "accumulation", "log_every", "eval_every", "save_every", "keep_checkpoints")
+        check_least(self, {**dict.fromkeys(at_least_1, 1), "num_workers": 0, "seed": 0})
+        if self.max_norm is not None and not 0 < self.max_norm < float("inf"):
+            raise UserError(f"--max-norm must be above 0 and finite, got {self.max_norm}")
+
+
+# What a resumed run may change: nothing that reaches the weights.
+MAY_DIFFER = (
+    "resume", "output_dir", "report_to", "num_workers", "num_threads", "max_updates", "keep_checkpoints",
+    "allow_identical_copies",
+)  # fmt: skip
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Generic[ConfigT]):
+    """All options of a training script: the task's own, and those that every task has."""
+
+    config: ConfigT
+    copies: BatchAugmentationArguments
+    run: RunOptions
+    machine: MachineOptions
+
+    def as_json(self) -> dict[str, Any]:
+        """All options by name, for `config.json`."""
+        return {name: value for part in vars(self).values() for name, value in asdict(part).items()}
+
+    def changed(self, **values: Any) -> "TrainingOptions[ConfigT]":
+        """The same with some options set otherwise, by name."""
+        parts = {
+            name: replace(part, **{option: x for option, x in values.items() if hasattr(part, option)})
+            for name, part in vars(self).items()
+        }
+        return TrainingOptions(**parts)

@@ -1,0 +1,106 @@
+"""`Run` knows no task: its figures, its best checkpoint, and state that is neither weights nor JSON, on a toy task."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from seqba import CarriedState, TrainStep
+from tasks.run.log import read_metrics
+from tasks.run.loop import Run
+from tasks.run.options import RunOptions
+from tasks.run.progress import Figures
+
+IMAGES = Figures(target="image", loss="loss (nats per image)", metric="accuracy", higher_is_better=True)
+ACCURACIES = {2: 0.25, 4: 0.75, 6: 0.5}  # the best is neither the first nor the last
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does."""
+
+
+def averaged(optimizer):
+    """The averages that torch's ASGD keeps beside the weights."""
+    return {i: state["ax"].clone() for i, state in enumerate(optimizer.state.values())}
+
+
+def run(folder, *, figures=IMAGES, kill_at=None, save_every=3, **changes):
+    """Six updates of a model whose loss carries a state on; a validation every second one."""
+    options = RunOptions(max_updates=6, log_every=1, eval_every=2, save_every=save_every, **changes)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.GRU(3, 4, batch_first=True)
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.1, t0=0)
+    carried = CarriedState(lambda rows: torch.zeros(1, rows, 4))
+
+    def loss_fn(network, rows):
+        output, state = network(nn.functional.dropout(rows["x"], 0.5), carried.take(len(rows["x"])))
+        carried.keep(state)
+        return output.square().sum()
+
+    step = TrainStep(
+        accelerator, model, optimizer, loss_fn=loss_fn, count_fn=lambda rows: len(rows["x"]), num_copies=2,
+        carried=[carried],
+    )  # fmt: skip
+    its = Run(accelerator, folder, options, {"seed": 0}, num_copies=2, figures=figures)
+    its.attach(model, optimizer, carried={"hidden": carried}, step=step)
+    averages = {}
+    for update in its.updates():
+        if update == kill_at:
+            raise Killed
+        rows = {"x": torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(update))}
+        its.record(update, step([rows], update=update), [update])
+        averages[update] = averaged(optimizer)
+        figure = ACCURACIES.get(update)
+        its.log(
+            {"valid_loss": 3.0 - update, "accuracy": figure} if its.must_validate else None, lr=0.1, window=70 + update
+        )
+        its.save_if_due()
+    its.load_best()
+    its.finish({"top1_accuracy": 0.7})
+    return its, averages, averaged(optimizer), {name: x.clone() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.trap(59)
+def test_the_best_checkpoint_is_the_one_of_the_tasks_own_metric_in_its_own_direction(tmp_path):
+    its, averages, best, _ = run(tmp_path / "up", keep_checkpoints=1)
+    assert (its.progress.best_update, its.progress.best_value) == (4, 0.75)
+    assert all(torch.equal(best[i], averages[4][i]) for i in best)  # weights that are averaged go back with the others
+    assert not torch.equal(best[0], averages[6][0])
+    assert sorted(path.name for path in (tmp_path / "up" / "checkpoints").iterdir()) == [
+        "update-000004",
+        "update-000006",
+    ]
+    down, _, _, _ = run(tmp_path / "down", figures=Figures(metric="accuracy"))
+    assert (down.progress.best_update, down.progress.best_value) == (2, 0.25)
+
+
+def test_rows_results_and_curve_speak_the_tasks_words_and_hold_its_columns(tmp_path):
+    run(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["window"] for row in rows] == [71, 72, 73, 74, 75, 76]
+    assert [row.get("accuracy") for row in rows] == [None, 0.25, None, 0.75, None, 0.5]
+    assert [row["target_images"] for row in rows] == [10 * n for n in range(1, 7)]  # 5 samples, twice each
+    assert not any("token" in name for name in rows[0])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["accuracy"], results["best_update"], results["top1_accuracy"]) == (0.75, 4, 0.7)
+    assert "valid_loss" not in results
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.trap(24)
+def test_a_killed_run_goes_on_with_its_hidden_states_bitwise(tmp_path):
+    _, _, want_average, want = run(tmp_path / "straight")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=6, save_every=1)
+    _, _, average, got = run(tmp_path / "killed", save_every=1, resume=True)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert all(torch.equal(want_average[i], average[i]) for i in average)
+
+
+def test_a_figure_of_a_validation_that_is_not_finite_stops_the_run_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(ACCURACIES, 4, float("nan"))
+    with pytest.raises(Exception, match="the validation's accuracy after update 4 is nan"):
+        run(tmp_path / "run")
