@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import sentencepiece
 import torch

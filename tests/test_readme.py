@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import pydoc
 import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,18 +42,30 @@ def test_every_option_is_one_of_the_scripts():
     assert not named - known
 
 
-def test_every_name_in_the_table_of_the_library_is_there():
+def test_the_table_of_the_library_and_its_public_names_are_the_same():
     rows = [line for line in OWN_LOOP.splitlines() if line.startswith("| `")]
-    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
-    assert len(names) > 20
-    for name in names:
-        assert hasattr(seqba, name.removeprefix("seqba.")), name
+    named = [name.removeprefix("seqba.") for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert len(named) == len(set(named)) > 30
+    assert set(named) - set(seqba.__all__) == set(), "these are in the README's table, and not in seqba.__all__"
+    assert set(seqba.__all__) - set(named) == set(), "these are in seqba.__all__, and not in the README's table"
+    assert all(hasattr(seqba, name) for name in named)
+
+
+def test_what_the_library_holds_beside_its_modules_is_public():
+    held = {name for name, value in vars(seqba).items() if getattr(value, "__module__", "").startswith("seqba")}
+    assert {name for name in held if not name.startswith("_")} <= set(seqba.__all__)
+
+
+def test_pydoc_lists_every_public_name():
+    text = pydoc.plain(pydoc.render_doc(seqba))
+    for name in seqba.__all__:
+        assert re.search(rf"^    (class )?{name}(\(|$)", text, re.MULTILINE), name
 
 
 def test_the_code_of_an_own_loop_runs_and_counts_the_targets_of_a_causal_model():
     collate, loop = re.findall(r"```python\n(.*?)```", OWN_LOOP, re.DOTALL)
     data, model = Samples("llama", 6), llama()
-    given = {"DataLoader": DataLoader, "data": data, "collate_fn": Pad()}
+    given: dict[str, Any] = {"DataLoader": DataLoader, "data": data, "collate_fn": Pad()}
     exec(collate, given)
     assert next(iter(given["loader"]))["input_ids"].shape[0] == 4 * 6
     given |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "plain_loader": [Pad()(data.rows)]}

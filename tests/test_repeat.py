@@ -1,5 +1,6 @@
 import dataclasses
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_repeated_tensors_are_contiguous_so_that_in_place_dropout_may_write(num_
 
 def test_nested_structures_keep_their_types_and_scalars_are_untouched():
     x = torch.arange(6).view(2, 3)
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": x,
         "nested": {"deep": (x + 1, [x + 2])},
         "state": Streams(x + 3, x + 4),
@@ -108,7 +109,7 @@ def test_batch_encoding_and_model_output_come_back_as_themselves():
 
 def test_lists_of_one_item_a_sample_are_repeated_whatever_the_items_are():
     boxes = [torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(2, 4)]  # as many as each sample has
-    batch = {"input_ids": torch.ones(3, 2), "boxes": boxes, "meta": [{"id": 1}, {"id": 2}, {"id": 3}]}
+    batch: dict[str, Any] = {"input_ids": torch.ones(3, 2), "boxes": boxes, "meta": [{"id": 1}, {"id": 2}, {"id": 3}]}
     out = repeat_batch(batch, 2)
     assert [len(x) for x in out["boxes"]] == [1, 5, 2, 1, 5, 2]
     assert [x["id"] for x in out["meta"]] == [1, 2, 3, 1, 2, 3]
@@ -237,5 +238,5 @@ def test_masked_language_modelling_may_draw_its_masks_for_each_copy():
 
 
 def test_numpy_arrays_are_repeated_like_tensors():
-    batch = {"input_ids": torch.ones(2, 3), "weights": np.array([0.25, 0.75])}
+    batch: dict[str, Any] = {"input_ids": torch.ones(2, 3), "weights": np.array([0.25, 0.75])}
     assert repeat_batch(batch, 2)["weights"].tolist() == [0.25, 0.75] * 2

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -78,15 +79,14 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing of the program gets to act on it."""
 
 
-def killed_at(update, monkeypatch):
+def killed_at(last, monkeypatch):
     whole = training.TrainStep.__call__
 
     def call(self, batches, *, update):
-        if update == killed_at.update:
+        if update == last:
             raise Killed
         return whole(self, batches, update=update)
 
-    killed_at.update = update
     monkeypatch.setattr(training.TrainStep, "__call__", call)
 
 
@@ -183,13 +183,11 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_and_another_configuration_
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_update_samples_and_checkpoint(tmp_path, cache, monkeypatch):
-    whole = training.summed_loss
+    whole, calls = training.summed_loss, itertools.count(1)
 
     def loss(model, rows):
-        loss.calls += 1
-        return whole(model, rows) * (float("nan") if loss.calls > 5 else 1.0)
+        return whole(model, rows) * (float("nan") if next(calls) > 5 else 1.0)
 
-    loss.calls = 0
     monkeypatch.setattr(training, "summed_loss", loss)
     with pytest.raises(NonFiniteError, match=r"update 6: loss nan.*samples \d+, \d+.*update-000004"):
         run(tmp_path / "run", cache, allow_identical_copies=True)  # the audit asks for the loss too

@@ -7,7 +7,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from distributed import run_ranks
-from seqba import TrainStep, plan_passes, repeat_batch
+from seqba import TrainStep, repeat_batch
+from seqba.passes import plan_passes
 from tiny_models import FAMILIES, batch_for, count, gradients, marian, summed_nll
 
 

@@ -126,6 +126,7 @@ class WithScaledLoss:
     """A user's `compute_loss` that divides its mean by the accumulation steps itself."""
 
     loss_is_scaled_for_ga = True
+    current_gradient_accumulation_steps: int  # the Trainer's
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return mean_of_batch(model(**inputs), inputs["labels"]) / self.current_gradient_accumulation_steps

@@ -1,8 +1,13 @@
-"""Every silent fault of the method that this project states a law against has a test that is marked with its number."""
+"""Every silent fault of the method that this project states a law against has a test that is marked with its number.
+
+traps.md is the list of them; its last column is what the markers say.
+"""
 
 import ast
+import re
 from pathlib import Path
 
+HERE = Path(__file__).parent
 TRAPS = {3, 4, *range(6, 14), *range(18, 30), 31, 34, 35, 36, 39, *range(41, 49)}
 
 
@@ -15,6 +20,29 @@ def marked(file):
                     yield ast.literal_eval(mark.args[0])
 
 
+MARKED = {file.name: set(marked(file)) for file in sorted(HERE.glob("test_*.py"))}
+ROWS = [
+    re.fullmatch(r"\| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", line)
+    for line in HERE.joinpath("traps.md").read_text("utf-8").splitlines()
+    if re.match(r"\| \d", line)
+]
+
+
 def test_every_trap_has_a_test():
-    found = {number for file in Path(__file__).parent.glob("test_*.py") for number in marked(file)}
+    found = set().union(*MARKED.values())
     assert found >= TRAPS, sorted(TRAPS - found)
+
+
+def test_every_row_of_the_table_has_its_number_and_every_marked_number_a_row():
+    assert all(ROWS)
+    assert [int(row[1]) for row in ROWS] == list(range(1, len(ROWS) + 1))
+    assert set().union(*MARKED.values()) <= set(range(1, len(ROWS) + 1))
+
+
+def test_the_table_names_the_files_whose_tests_carry_each_number():
+    wrong = {}
+    for row in ROWS:
+        files = ", ".join(f"`{name}`" for name, numbers in MARKED.items() if int(row[1]) in numbers)
+        if row[4] != (files or "not yet"):
+            wrong[int(row[1])] = files or "not yet"
+    assert not wrong, "write these into the last column of tests/traps.md"

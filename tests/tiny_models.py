@@ -24,6 +24,7 @@ from transformers import (
     MixtralForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -33,15 +34,15 @@ from seqba.loss import count_targets, token_cross_entropy
 VOCABULARY = 61
 
 
-def marian(dropout: float = 0.2, **more: Any) -> nn.Module:
+def marian(dropout: float = 0.2, **more: Any) -> PreTrainedModel:
     return MarianMTModel(_bart_like(MarianConfig, dropout, **more))
 
 
-def bart(dropout: float = 0.2, **more: Any) -> nn.Module:
+def bart(dropout: float = 0.2, **more: Any) -> PreTrainedModel:
     return BartForConditionalGeneration(_bart_like(BartConfig, dropout, bos_token_id=2, **more))
 
 
-def t5(dropout: float = 0.2, **more: Any) -> nn.Module:
+def t5(dropout: float = 0.2, **more: Any) -> PreTrainedModel:
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -58,7 +59,7 @@ def t5(dropout: float = 0.2, **more: Any) -> nn.Module:
     return T5ForConditionalGeneration(config)
 
 
-def gpt2(dropout: float = 0.2, **more: Any) -> nn.Module:
+def gpt2(dropout: float = 0.2, **more: Any) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,
@@ -76,7 +77,7 @@ def gpt2(dropout: float = 0.2, **more: Any) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def llama(dropout: float = 0.2, **more: Any) -> nn.Module:
+def llama(dropout: float = 0.2, **more: Any) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -94,7 +95,7 @@ def llama(dropout: float = 0.2, **more: Any) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def mixtral(dropout: float = 0.2) -> nn.Module:
+def mixtral(dropout: float = 0.2) -> PreTrainedModel:
     """A mixture of experts whose loss has an auxiliary part."""
     config = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -111,26 +112,32 @@ def mixtral(dropout: float = 0.2) -> nn.Module:
     return MixtralForCausalLM(config)
 
 
-def mbart(dropout: float = 0.2) -> nn.Module:
+def mbart(dropout: float = 0.2) -> PreTrainedModel:
     return MBartForConditionalGeneration(_bart_like(MBartConfig, dropout))
 
 
-def m2m100(dropout: float = 0.2) -> nn.Module:
+def m2m100(dropout: float = 0.2) -> PreTrainedModel:
     return M2M100ForConditionalGeneration(_bart_like(M2M100Config, dropout))
 
 
-def pegasus(dropout: float = 0.2) -> nn.Module:
+def pegasus(dropout: float = 0.2) -> PreTrainedModel:
     return PegasusForConditionalGeneration(_bart_like(PegasusConfig, dropout))
 
 
-def fsmt(dropout: float = 0.2) -> nn.Module:
+def fsmt(dropout: float = 0.2) -> PreTrainedModel:
     sizes = {"langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "pad_token_id": 1}
     return FSMTForConditionalGeneration(_bart_like(FSMTConfig, dropout, **sizes))
 
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama}
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "marian": marian,
+    "bart": bart,
+    "t5": t5,
+    "gpt2": gpt2,
+    "llama": llama,
+}
 SEQ2SEQ = ("marian", "bart", "t5")
-OTHER_ENCODER_DECODERS: dict[str, Callable[..., nn.Module]] = {
+OTHER_ENCODER_DECODERS: dict[str, Callable[..., PreTrainedModel]] = {
     "mbart": mbart, "m2m100": m2m100, "pegasus": pegasus, "fsmt": fsmt
 }  # fmt: skip
 EVERY_FAMILY = {**FAMILIES, **OTHER_ENCODER_DECODERS}
@@ -171,7 +178,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def enable_checkpointing(model: nn.Module, *, use_reentrant: bool) -> None:
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool) -> None:
     """Gradient checkpointing, under the name that this version of transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})

@@ -1,7 +1,7 @@
 """Trainers over tiny models, the gradients that reach their optimizer, and what these should be."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from seqba.trainer import BatchAugmentationTrainer
 from tiny_models import OTHER_ENCODER_DECODERS, SEQ2SEQ, VOCABULARY, gradients
 
-IDENTICAL = {"allow_identical_copies": True}  # without dropout, so that copies are known
-ACCUMULATED = {"gradient_accumulation_steps": 2}
+IDENTICAL: dict[str, Any] = {"allow_identical_copies": True}  # without dropout, so that copies are known
+ACCUMULATED: dict[str, Any] = {"gradient_accumulation_steps": 2}
 PLANS = [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4)]  # (M, K)
 QUICK_PLANS = [(1, 1), (3, 2), (4, 4)]
 
@@ -56,7 +56,7 @@ ENCODER_DECODERS = {*SEQ2SEQ, *OTHER_ENCODER_DECODERS}
 class Pad:
     """Pads samples to a batch; with the model of an encoder-decoder, makes its decoder's inputs too."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: PreTrainedModel | None = None) -> None:
         self.model = model
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Pad:
         return batch
 
 
-def collator_of(family: str, model: nn.Module, label_smoothing: float) -> Pad:
+def collator_of(family: str, model: PreTrainedModel, label_smoothing: float) -> Pad:
     """Label smoothing takes the labels away, so the decoder's inputs must be in the batch; FSMT always wants them."""
     return Pad(model if family == "fsmt" or (label_smoothing and family in ENCODER_DECODERS) else None)
 
@@ -129,7 +129,7 @@ def trainer_gradients(
     model: nn.Module,
     data: Any,
     *,
-    trainer_class: type = BatchAugmentationTrainer,
+    trainer_class: Callable[..., Any] = BatchAugmentationTrainer,
     collator: Any = None,
     settings: dict[str, Any] | None = None,
     **options: Any,
@@ -161,7 +161,7 @@ def check_plans(
         assert_close(got, want)
 
 
-def token_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+def token_loss(model: PreTrainedModel, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Summed nats by torch's own function, and the targets that they are over."""
     logits, labels = model(**batch, use_cache=False).logits, batch["labels"]
     if not model.config.is_encoder_decoder:
@@ -173,7 +173,7 @@ def token_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: floa
 
 
 def token_gradient(
-    model: nn.Module, batches: list[dict[str, Tensor]], label_smoothing: float = 0.0
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
     """The gradient of the summed token loss of all batches over all their targets."""
     model.zero_grad()
@@ -196,7 +196,7 @@ def make(
     model: nn.Module,
     data: Any = None,
     *,
-    trainer_class: type = BatchAugmentationTrainer,
+    trainer_class: Callable[..., Any] = BatchAugmentationTrainer,
     callbacks: Iterable[TrainerCallback] = (),
     settings: dict[str, Any] | None = None,
     **options: Any,
