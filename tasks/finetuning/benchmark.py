@@ -54,7 +54,7 @@ class TrainerUpdates:
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
         settings = FinetuningConfig(cache_dir=config.cache_dir)
-        rows = load_splits(settings, config.task, 0, lambda text: None).train
+        rows = load_splits(settings, config.task, 0).train
         self._model, self._tokenizer = generate_model(config.task, config.cache_dir, 0)
         self._data, _ = encode(rows, config.task, self._tokenizer, settings.max_length)
 
