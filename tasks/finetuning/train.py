@@ -54,7 +54,6 @@ def finetune(
     encoded = _encode(config, task, model, tokenizer, splits)
 
     # ---- training
-    preprocess_logits, compute_metrics = metrics_for(task)
     try:
         trainer = BatchAugmentationTrainer(
             model=model,
@@ -63,10 +62,9 @@ def finetune(
             eval_dataset=encoded["validation"],
             data_collator=collator_for(task, model, tokenizer),
             processing_class=tokenizer,
-            preprocess_logits_for_metrics=preprocess_logits,
-            compute_metrics=compute_metrics,
             callbacks=[StopAtNonFinite()],
             ba_args=ba_args,
+            **metrics_for(task),
         )
     except (ValueError, RuntimeError, ImportError) as error:  # options that do not go together, a missing tracker
         raise UserError(str(error)) from error

@@ -142,7 +142,6 @@ def _encoded(
             cache_dir=Path(config.cache_dir),
             num_proc=config.num_proc,
             max_length=config.max_length,
-            too_long="drop",
             max_ratio=max_ratio,
         )
     if any(dropped.values()):
