@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from tasks.benchmark.ratios import Ratio, compare
 from tasks.cli.machine import start_accelerator
 from tasks.decoding.search import Decoding, max_new_tokens, translate
-from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.prepare import prepare
 from tasks.translation.train import train
 
@@ -22,7 +22,7 @@ _BATCH = 32
 _TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
 
 
-def decoding_ratio(config: BenchmarkConfig) -> tuple[Ratio, int, str]:
+def decoding_ratio(config: TranslationBenchmark) -> tuple[Ratio, int, str]:
     """Speed of `translate` over the plain loop, how many sentences each translated, and by which model."""
     accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def _in_file_order(
     return translations
 
 
-def _train(config: BenchmarkConfig, folder: str) -> Path:
+def _train(config: TranslationBenchmark, folder: str) -> Path:
     training = config.training(
         output_dir=f"{folder}/run", test_prefix=[], lr_decay="inverse-sqrt", warmup_updates=_TRAINED_UPDATES // 2
     )

@@ -15,19 +15,19 @@ from pathlib import Path
 from tasks.benchmark.ratios import Ratio, Row, compare
 from tasks.cli.machine import start_accelerator
 from tasks.text.encoding import LineEncoder
-from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.benchmark.decoding import decoding_ratio
 from tasks.translation.benchmark.memory import Plan, peak_bytes
 from tasks.translation.benchmark.synthetic import Shape, update_of
-from tasks.translation.benchmark.trainer import TrainerUpdates
+from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
 from tasks.translation.data import encode_pairs
 from tasks.translation.prepare import prepare
 
 
-def trainer(config: BenchmarkConfig) -> list[Row]:
+def trainer(config: TranslationBenchmark) -> list[Row]:
     """Target tokens a second of the training script over `Seq2SeqTrainer`, both with M = 1."""
-    own, theirs = OwnUpdates(config.training()), TrainerUpdates(config.training())
+    own, theirs = OwnUpdates(config.training()), Seq2SeqTrainerUpdates(config.training())
     theirs.tune()
     own.advance(2)
     ratios, rates = [], []
@@ -39,7 +39,6 @@ def trainer(config: BenchmarkConfig) -> list[Row]:
         rates.append((rate, their_tokens / seconds))
         ratios.append(rate / rates[-1][1])
     own.close()
-    theirs.close()
     low, median, high = statistics.quantiles(ratios, n=4)
     a, b = (statistics.median(side) for side in zip(*rates, strict=True))
     ours, padded = theirs.padded_tokens
@@ -55,7 +54,7 @@ def trainer(config: BenchmarkConfig) -> list[Row]:
     ]
 
 
-def bare(config: BenchmarkConfig) -> list[Row]:
+def bare(config: TranslationBenchmark) -> list[Row]:
     """The training script against a bare loop on the same batches, prepared."""
     training = config.training()
     own = OwnUpdates(training)
@@ -65,7 +64,7 @@ def bare(config: BenchmarkConfig) -> list[Row]:
     return [Row("speed over a bare PyTorch loop on prepared tensors, M=1", f"{ratio.median:.3f}", "0.97", str(ratio))]
 
 
-def fused(config: BenchmarkConfig) -> list[Row]:
+def fused(config: TranslationBenchmark) -> list[Row]:
     """One fused update of M copies against M updates of one, on the same text and batches."""
     num_copies = config.ba_m
     many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=str(num_copies)))
@@ -78,7 +77,7 @@ def fused(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.3f}", "at most 1.0", str(ratio))]
 
 
-def waiting(config: BenchmarkConfig) -> list[Row]:
+def waiting(config: TranslationBenchmark) -> list[Row]:
     """The share of an update in which the loop waits for its batches, in one run with M = 1 and one with M = 8."""
     shares = []
     for num_copies in (1, 8):
@@ -94,7 +93,7 @@ def waiting(config: BenchmarkConfig) -> list[Row]:
     return [Row("share of an update spent waiting for data", figure, "at most 2 %, no growth with M", detail)]
 
 
-def memory(config: BenchmarkConfig) -> list[Row]:
+def memory(config: TranslationBenchmark) -> list[Row]:
     """Peak memory of eight copies one after another over one, and of the lean loss over the plain one.
 
     Each plan runs in a process of its own, once without and once with the gaps in a processor's heap.
@@ -126,7 +125,7 @@ def memory(config: BenchmarkConfig) -> list[Row]:
     ]
 
 
-def preprocessing(config: BenchmarkConfig) -> list[Row]:
+def preprocessing(config: TranslationBenchmark) -> list[Row]:
     """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
     training = config.training()
     accelerator = start_accelerator(seed=0, mixed_precision=config.mixed_precision, cpu=config.cpu)
@@ -148,7 +147,7 @@ def preprocessing(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.3f}", "at least 0.7", str(ratio))]
 
 
-def decoding(config: BenchmarkConfig) -> list[Row]:
+def decoding(config: TranslationBenchmark) -> list[Row]:
     """Beam-4 translation of many sentences against `generate` in file order, 32 at a time."""
     ratio, count, model = decoding_ratio(config)
     rate = count / ratio.seconds_b
@@ -157,7 +156,7 @@ def decoding(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.2f}", "at least 1.5", detail)]
 
 
-def streams(config: BenchmarkConfig) -> list[Row]:
+def streams(config: TranslationBenchmark) -> list[Row]:
     """An update whose copies draw from streams of their own over one with torch's own dropout."""
 
     def ratio(copies_per_pass: int) -> Ratio:
@@ -181,7 +180,7 @@ def streams(config: BenchmarkConfig) -> list[Row]:
     ]  # fmt: skip
 
 
-MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
+MEASUREMENTS: dict[str, Callable[[TranslationBenchmark], list[Row]]] = {
     "trainer": trainer,
     "bare": bare,
     "fused": fused,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.loss import count_targets
-from tasks.benchmark.step_timer import StepTimer
+from tasks.benchmark.trainer import time_updates
 from tasks.cli.machine import start_accelerator
 from tasks.translation.config import TranslationConfig
 from tasks.translation.data import TokenPairs
@@ -23,7 +22,7 @@ from tasks.translation.train import build, make_stream
 _WARM_UP = 2  # updates of every `train` call that are not timed
 
 
-class TrainerUpdates:
+class Seq2SeqTrainerUpdates:
     """Updates of `Seq2SeqTrainer` with length-grouped batches of B samples.
 
     B is the number for which the mean padded tokens of an update are nearest to those of the training script's
@@ -38,7 +37,6 @@ class TrainerUpdates:
         sides = np.array([[len(sample[name]) for name in TokenPairs.columns] for sample in _all(corpus.train)])
         self.batch_size, padded = _matching_batch_size(batches, sides, corpus.train_lengths.tolist())
         self.padded_tokens = (_padded(batches, sides), padded)
-        self._folder = tempfile.TemporaryDirectory()
         self._model = build(config, corpus)
         self.num_workers = 0
 
@@ -53,47 +51,32 @@ class TrainerUpdates:
 
     def advance(self, count: int) -> tuple[int, float]:
         """Do `count` updates; returns their target tokens and seconds, without what `train` does before them."""
-        timer = StepTimer(_WARM_UP)
-        trainer = _Counting(
+        config = self._config
+        trainer, seconds = time_updates(
+            _Counting,
+            count,
+            warm_up=_WARM_UP,
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            settings={
+                "per_device_train_batch_size": self.batch_size,
+                "label_smoothing_factor": config.label_smoothing,
+                "adam_beta2": 0.98,
+                "adam_epsilon": 1e-9,
+                "train_sampling_strategy": "group_by_length",
+                "length_column_name": "length",
+                "dataloader_num_workers": self.num_workers,
+                "dataloader_persistent_workers": self.num_workers > 0,
+                "logging_steps": config.log_every,
+                "seed": config.seed,
+                "gradient_accumulation_steps": config.accumulation,
+            },
             model=self._model,
-            args=self._arguments(_WARM_UP + count),
             train_dataset=self._corpus.train.dataset,
             data_collator=DataCollatorForSeq2Seq(self._corpus.tokenizer, model=self._model),
             processing_class=self._corpus.tokenizer,
-            callbacks=[timer],
         )
-        trainer.train()
-        return trainer.targets, timer.seconds
-
-    def close(self) -> None:
-        """Remove the folder that the Trainer wanted."""
-        self._folder.cleanup()
-
-    def _arguments(self, max_steps: int) -> Seq2SeqTrainingArguments:
-        config = self._config
-        return Seq2SeqTrainingArguments(
-            output_dir=self._folder.name,
-            per_device_train_batch_size=self.batch_size,
-            max_steps=max_steps,
-            label_smoothing_factor=config.label_smoothing,
-            learning_rate=1e-5,
-            adam_beta1=0.9,
-            adam_beta2=0.98,
-            adam_epsilon=1e-9,
-            bf16=config.mixed_precision == "bf16",
-            fp16=config.mixed_precision == "fp16",
-            use_cpu=config.cpu,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            dataloader_num_workers=self.num_workers,
-            dataloader_persistent_workers=self.num_workers > 0,
-            logging_steps=config.log_every,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=config.seed,
-            gradient_accumulation_steps=config.accumulation,
-        )
+        return trainer.targets, seconds
 
 
 class _Counting(Seq2SeqTrainer):
