@@ -41,12 +41,8 @@ def update_of(
     model = build_model(
         vocab_size=shape.vocab_size,
         width=shape.width,
-        ffn_width=4 * shape.width,
         num_layers=shape.num_layers,
         num_heads=4,
-        dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
         pad_token_id=0,
         eos_token_id=1,
         max_length=shape.length,

@@ -181,12 +181,5 @@ def streams(config: TranslationBenchmark) -> list[Row]:
 
 
 MEASUREMENTS: dict[str, Callable[[TranslationBenchmark], list[Row]]] = {
-    "trainer": trainer,
-    "bare": bare,
-    "fused": fused,
-    "waiting": waiting,
-    "memory": memory,
-    "preprocessing": preprocessing,
-    "decoding": decoding,
-    "streams": streams,
+    row.__name__: row for row in (trainer, bare, fused, waiting, memory, preprocessing, decoding, streams)
 }
