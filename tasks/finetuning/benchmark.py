@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from seqba.trainer import BatchAugmentationTrainer
 from tasks.benchmark.options import BenchmarkOptions
-from tasks.benchmark.ratios import Row, compare_seconds
+from tasks.benchmark.ratios import Ratio, Row, compare_seconds
 from tasks.benchmark.trainer import time_updates
 from tasks.cli.errors import UserError
 from tasks.cli.options import option
@@ -69,29 +69,26 @@ class TrainerUpdates:
 
 def plain(config: FinetuningBenchmark) -> list[Row]:
     """`BatchAugmentationTrainer` with M = 1 against `Trainer`."""
-    updates, count = TrainerUpdates(config), config.updates
-    ratio = compare_seconds(
-        lambda: updates.seconds(count, BatchAugmentationTrainer, ba_m=1),
-        lambda: updates.seconds(count),
-        pairs=config.pairs,
-        warm_up=1,
-    )
-    return [Row("an update with ba_m=1 over one of transformers' Trainer", f"{ratio.median:.3f}", "0.98 to 1.02",
-                str(ratio))]  # fmt: skip
+    ratio = _ratio(config, ba_m=1)
+    name = "an update with ba_m=1 over one of transformers' Trainer"
+    return [Row(name, f"{ratio.median:.3f}", "0.98 to 1.02", str(ratio))]
 
 
 def fused(config: FinetuningBenchmark) -> list[Row]:
     """An update of M fused copies against one of `Trainer`, of the same B."""
-    updates, num_copies = TrainerUpdates(config), config.ba_m
-    count = max(1, config.updates // num_copies)
-    ratio = compare_seconds(
-        lambda: updates.seconds(count, BatchAugmentationTrainer, ba_m=num_copies, copies_per_pass=num_copies) / count,
+    ratio = _ratio(config, ba_m=config.ba_m, copies_per_pass=config.ba_m)
+    name = f"an update with fused ba_m={config.ba_m} over one of transformers' Trainer of the same B"
+    return [Row(name, f"{ratio.median:.3f}", f"at most {config.ba_m}.0", str(ratio))]
+
+
+def _ratio(config: FinetuningBenchmark, *, ba_m: int, **options: Any) -> Ratio:
+    updates, count = TrainerUpdates(config), max(1, config.updates // ba_m)
+    return compare_seconds(
+        lambda: updates.seconds(count, BatchAugmentationTrainer, ba_m=ba_m, **options) / count,
         lambda: updates.seconds(config.updates) / config.updates,
         pairs=config.pairs,
         warm_up=1,
     )
-    name = f"an update with fused ba_m={num_copies} over one of transformers' Trainer of the same B"
-    return [Row(name, f"{ratio.median:.3f}", f"at most {num_copies}.0", str(ratio))]
 
 
 MEASUREMENTS: dict[str, Callable[[FinetuningBenchmark], list[Row]]] = {"plain": plain, "fused": fused}

@@ -157,7 +157,9 @@ def _columns(config: FinetuningConfig, task: str, rows: Dataset) -> dict[str, st
     if task == SEQ2SEQ:
         return _sides(config, rows)
     strings = [name for name, feature in rows.features.items() if _is_string(feature) and name != config.label_column]
-    columns = {"text": config.text_column or _only(strings, rows, "--text_column")}
+    if config.text_column is None and "text" not in strings and len(strings) != 1:
+        raise DataError(f"the data set has the columns {', '.join(rows.column_names)}: name the text by --text_column")
+    columns = {"text": config.text_column or ("text" if "text" in strings else strings[0])}
     if task == CLASSIFICATION:
         if config.text_pair_column is not None:
             columns["text_pair"] = config.text_pair_column
@@ -183,14 +185,6 @@ def _sides(config: FinetuningConfig, rows: Dataset) -> dict[str, str]:
             said = "is not given" if language is None else f"is {language!r}"
             raise DataError(f"the data set has the languages {', '.join(languages)}; --{side}_lang {said}")
     return {side: f"{_TRANSLATION}.{language}" for side, language in chosen.items()}
-
-
-def _only(strings: list[str], rows: Dataset, option: str) -> str:
-    if "text" in strings:
-        return "text"
-    if len(strings) != 1:
-        raise DataError(f"the data set has the columns {', '.join(rows.column_names)}: name the text by {option}")
-    return strings[0]
 
 
 def _is_string(feature: Any) -> bool:

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tasks.benchmark.ratios import Ratio, Row, compare
@@ -17,8 +18,8 @@ from tasks.cli.machine import start_accelerator
 from tasks.text.encoding import LineEncoder
 from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.benchmark.decoding import decoding_ratio
-from tasks.translation.benchmark.memory import Plan, peak_bytes
-from tasks.translation.benchmark.synthetic import Shape, update_of
+from tasks.translation.benchmark.memory import peak_bytes
+from tasks.translation.benchmark.synthetic import Plan, Shape, update_of
 from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates, waiting_for_data
 from tasks.translation.data import encode_pairs
@@ -107,21 +108,12 @@ def memory(config: TranslationBenchmark) -> list[Row]:
         )
         return Row(name, f"{held[0] / held[1]:.3f}", wanted, detail)
 
-    shared = {"mixed_precision": config.mixed_precision, "cpu": config.cpu}
-    wide = Shape(vocab_size=32_000)
+    one = Plan(1, 1, Shape(), mixed_precision=config.mixed_precision, cpu=config.cpu)
+    lean = replace(one, num_copies=4, copies_per_pass=4, shape=Shape(vocab_size=32_000))
+    name = "peak memory of fused M=4, lean loss over the plain one, V=32 000"
     return [
-        ratio(
-            "peak memory of M=8 with one copy a pass over M=1",
-            "at most 1.1",
-            Plan(8, 1, Shape(), **shared),  # type: ignore[arg-type]
-            Plan(1, 1, Shape(), **shared),  # type: ignore[arg-type]
-        ),
-        ratio(
-            "peak memory of fused M=4, lean loss over the plain one, V=32 000",
-            "at most 0.6",
-            Plan(4, 4, wide, lean=True, **shared),  # type: ignore[arg-type]
-            Plan(4, 4, wide, lean=False, **shared),  # type: ignore[arg-type]
-        ),
+        ratio("peak memory of M=8 with one copy a pass over M=1", "at most 1.1", replace(one, num_copies=8), one),
+        ratio(name, "at most 0.6", lean, replace(lean, lean=False)),
     ]
 
 
@@ -160,17 +152,8 @@ def streams(config: TranslationBenchmark) -> list[Row]:
     """An update whose copies draw from streams of their own over one with torch's own dropout."""
 
     def ratio(copies_per_pass: int) -> Ratio:
-        def update(copy_seed: int | None) -> Callable[[], float]:
-            return update_of(
-                Shape(),
-                num_copies=config.ba_m,
-                copies_per_pass=copies_per_pass,
-                copy_seed=copy_seed,
-                mixed_precision=config.mixed_precision,
-                cpu=config.cpu,
-            )
-
-        return compare(update(0), update(None), pairs=config.pairs)
+        plan = Plan(config.ba_m, copies_per_pass, Shape(), mixed_precision=config.mixed_precision, cpu=config.cpu)
+        return compare(update_of(replace(plan, copy_seed=0)), update_of(plan), pairs=config.pairs)
 
     return [
         Row(f"update with --reproducible-copies over one without, M={config.ba_m}, {k} a pass", f"{r.median:.3f}",
