@@ -261,7 +261,7 @@ def test_the_streams_rows_are_updates_with_reproducible_copies_over_updates_with
     clock.sets(
         TrainStep,
         "__call__",
-        lambda step, *args, **kwargs: seconds[step.copy_seed is not None, step.plan.copies_per_pass],
+        lambda step, *args, **kwargs: seconds[step._loop.copy_seed is not None, step.plan.copies_per_pass],
     )
     options = ["translation", "--preset", "generated", "--rows", "streams", "--ba-m", "3", "--pairs", "2", "--cpu"]
     verdict = call("benchmark.py", options, monkeypatch, capsys)

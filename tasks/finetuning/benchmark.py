@@ -45,9 +45,9 @@ class TrainerUpdates:
     def __init__(self, config: FinetuningBenchmark) -> None:
         self._config = config
         settings = FinetuningConfig(cache_dir=config.cache_dir)
-        rows = load_splits(settings, config.task, 0).train
+        splits, _ = load_splits(settings, config.task, 0)
         self._model, self._tokenizer = generate_model(config.task, config.cache_dir, 0)
-        self._data, _ = encode(rows, config.task, self._tokenizer, settings.max_length)
+        self._data, _ = encode(splits["train"], config.task, self._tokenizer, settings.max_length)
 
     def seconds(self, count: int, trainer_class: type[Trainer] = Trainer, **options: Any) -> float:
         """What `count` updates take; `options` go to the trainer."""

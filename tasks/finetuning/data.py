@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
@@ -23,26 +22,13 @@ TRAIN, VALID, TEST = "train", "validation", "test"
 _NAMES = {VALID: ("validation", "valid", "val", "dev"), TEST: ("test",)}
 _MAX_HELD_OUT = 2_000
 _MAX_CLASSES = 10_000
+Splits: TypeAlias = dict[str, Dataset]
 _TRANSLATION = "translation"  # a column of dictionaries from language to sentence, as `wmt/wmt16` has
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The raw splits of a data set with the columns of a task: `source` and `target`, `text`, or `text` and `label`.
-
-    Attributes:
-        train, valid: each with a sample at least.
-        test: None where there is none.
-        classes: names of the classes, by label; empty where the task has none.
-    """
-
-    train: Dataset
-    valid: Dataset
-    test: Dataset | None
-    classes: tuple[str, ...] = ()
-
-
-def load_splits(config: FinetuningConfig, task: str, seed: int, *, known_classes: Sequence[str] = ()) -> Splits:
+def load_splits(
+    config: FinetuningConfig, task: str, seed: int, *, known_classes: tuple[str, ...] = ()
+) -> tuple[Splits, tuple[str, ...]]:
     """Read the data set, choose its columns and splits, and log what was chosen.
 
     Args:
@@ -50,6 +36,11 @@ def load_splits(config: FinetuningConfig, task: str, seed: int, *, known_classes
         task: of the model.
         seed: of a held-out part.
         known_classes: the model's classes by number: where the data set has the same ones, they keep their numbers.
+
+    Returns:
+        The splits "train", "validation" and, where there is one, "test", none of them empty, with the columns of the
+        task: `source` and `target`, `text`, or `text` (`text_pair`) and `label`; and the names of the classes by label,
+        none where the task has none.
 
     Raises:
         DataError: it cannot be loaded, lacks a split, a column or a language, or a column cannot be used.
@@ -68,13 +59,13 @@ def load_splits(config: FinetuningConfig, task: str, seed: int, *, known_classes
         splits = {split: _select(split, rows, columns) for split, rows in splits.items()}
         classes: tuple[str, ...] = ()
         if task == CLASSIFICATION:
-            splits, classes = _with_classes(splits, columns["label"], tuple(known_classes))
+            splits, classes = _with_classes(splits, columns["label"], known_classes)
         for split, rows in splits.items():
             if not len(rows):
                 raise DataError(f"the {split} split of {config.dataset} is empty")
         if VALID not in splits:
             splits = _hold_out(splits, config.valid_share, seed)
-    return Splits(splits[TRAIN], splits[VALID], splits.get(TEST), classes)
+    return {split: splits[split] for split in (TRAIN, VALID, TEST) if split in splits}, classes
 
 
 def encode(
@@ -85,7 +76,7 @@ def encode(
     A causal text ends with the end-of-sequence token, unless it was cut.
 
     Args:
-        rows: of `Splits`.
+        rows: a split of `load_splits`.
         task: what the labels are: the target's ids, the text's own, or the class.
         tokenizer: the model's.
         max_length: most tokens of a side.
@@ -209,9 +200,7 @@ def _select(split: str, rows: Dataset, columns: dict[str, str]) -> Dataset:
 # ---- classes
 
 
-def _with_classes(
-    splits: dict[str, Dataset], column: str, known: tuple[str, ...]
-) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+def _with_classes(splits: Splits, column: str, known: tuple[str, ...]) -> tuple[Splits, tuple[str, ...]]:
     """Labels as whole numbers from 0, and the names of the classes by number.
 
     The numbers are a `ClassLabel`'s, or the places of the training split's values in order; for the same classes as a
@@ -236,7 +225,7 @@ def _with_classes(
     return splits, order if has_names else known
 
 
-def _values(splits: dict[str, Dataset], column: str) -> list[Any]:
+def _values(splits: Splits, column: str) -> list[Any]:
     """The labels of the training split in order; no other split may have others."""
     values = sorted(set(splits[TRAIN]["label"]))
     if any(isinstance(value, float) for value in values) or not 1 < len(values) <= _MAX_CLASSES:
@@ -259,7 +248,7 @@ def _labelled(split: str, rows: Dataset) -> Dataset:
     return kept
 
 
-def _hold_out(splits: dict[str, Dataset], share: float, seed: int) -> dict[str, Dataset]:
+def _hold_out(splits: Splits, share: float, seed: int) -> Splits:
     rows = splits[TRAIN]
     held = min(_MAX_HELD_OUT, max(1, round(share * len(rows))))
     if held >= len(rows):

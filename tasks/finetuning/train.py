@@ -20,7 +20,7 @@ from tasks.cli.machine import use_all_cores
 from tasks.decoding.search import Decoding, max_source_length, translate
 from tasks.finetuning.callbacks import StopAtNonFinite, check_weights
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
-from tasks.finetuning.data import Splits, encode, load_splits
+from tasks.finetuning.data import TEST, TRAIN, VALID, Splits, encode, load_splits
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
 from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
@@ -58,8 +58,8 @@ def finetune(
         trainer = BatchAugmentationTrainer(
             model=model,
             args=args,
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
+            train_dataset=encoded[TRAIN],
+            eval_dataset=encoded[VALID],
             data_collator=collator_for(task, model, tokenizer),
             processing_class=tokenizer,
             callbacks=[StopAtNonFinite()],
@@ -85,9 +85,9 @@ def finetune(
     # ---- results
     check_weights(trainer)
     trainer.save_model()
-    sentences = splits.test if task == SEQ2SEQ else None
+    sentences = splits.get(TEST) if task == SEQ2SEQ else None
     results: dict[str, Any] = {"task": task, "options": as_json(config, ba_args, args)}
-    results |= _evaluate(config, trainer, encoded.get("test"), sentences)
+    results |= _evaluate(config, trainer, encoded.get(TEST), sentences)
     results["counters"] = trainer.counters.state()["args"]
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir, RESULTS), results)
@@ -101,20 +101,22 @@ def _load(config: FinetuningConfig, seed: int) -> tuple[str, PreTrainedModel, Pr
     task = task_of(config, model_config)
     config.check_task(task)
     known = classes_of(model_config)
-    splits = load_splits(config, task, seed, known_classes=known)
+    splits, classes = load_splits(config, task, seed, known_classes=known)
     if tokenizer is None:
         return task, *generate_model(task, config.cache_dir, seed), splits
-    return task, load_model(config, task, tokenizer, classes=splits.classes, known_classes=known), tokenizer, splits
+    return task, load_model(config, task, tokenizer, classes=classes, known_classes=known), tokenizer, splits
 
 
 def _encode(
-    config: FinetuningConfig, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: Splits
-) -> dict[str, Dataset]:
+    config: FinetuningConfig,
+    task: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+) -> Splits:
     max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
-    encoded: dict[str, Dataset] = {}
-    for name, rows in (("train", splits.train), ("validation", splits.valid), ("test", splits.test)):
-        if rows is None:
-            continue
+    encoded = {}
+    for name, rows in splits.items():
         encoded[name], counts = encode(rows, task, tokenizer, max_length, config.source_prefix)
         logger.info(f"{name}: {len(encoded[name]):,} samples; {_describe(counts, max_length)}")
         if not len(encoded[name]):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.benchmark.ratios import Ratio, Row, compare
+from tasks.benchmark.ratios import Ratio, Row, compare, compare_seconds
 from tasks.cli.machine import start_accelerator
 from tasks.text.encoding import LineEncoder
 from tasks.translation.benchmark.config import TranslationBenchmark
@@ -31,26 +31,28 @@ def trainer(config: TranslationBenchmark) -> list[Row]:
     own, theirs = OwnUpdates(config.training()), Seq2SeqTrainerUpdates(config.training())
     theirs.tune()
     own.advance(2)
-    ratios, rates = [], []
-    for _ in range(config.pairs):
+
+    def seconds_a_token() -> float:
         start = time.perf_counter()
         tokens = own.advance(config.updates)
-        rate = tokens / (time.perf_counter() - start)
-        their_tokens, seconds = theirs.advance(config.updates)
-        rates.append((rate, their_tokens / seconds))
-        ratios.append(rate / rates[-1][1])
+        return (time.perf_counter() - start) / tokens
+
+    def their_seconds_a_token() -> float:
+        tokens, seconds = theirs.advance(config.updates)
+        return seconds / tokens
+
+    ratio = compare_seconds(their_seconds_a_token, seconds_a_token, pairs=config.pairs, warm_up=0)
     own.close()
-    low, median, high = statistics.quantiles(ratios, n=4)
-    a, b = (statistics.median(side) for side in zip(*rates, strict=True))
     ours, padded = theirs.padded_tokens
     return [
         Row(
             "target tokens/s over Seq2SeqTrainer, M=1",
-            f"{median:.3f}",
+            f"{ratio.median:.3f}",
             "as far above 1 as possible, 1.1 on CPU, 1.5 on a GPU",
-            f"quartiles {low:.3f} to {high:.3f} of {config.pairs} pairs; medians {a:,.0f} over {b:,.0f} tokens/s; mean "
-            f"padded tokens an update {ours:,.0f} and {padded:,.0f} ({theirs.batch_size} samples, grouped by length, "
-            f"{theirs.num_workers} loader workers, the best of 0, 1 and 2)",
+            f"quartiles {ratio.low:.3f} to {ratio.high:.3f} of {config.pairs} pairs; medians "
+            f"{1 / ratio.seconds_b:,.0f} over {1 / ratio.seconds_a:,.0f} tokens/s; mean padded tokens an update "
+            f"{ours:,.0f} and {padded:,.0f} ({theirs.batch_size} samples, grouped by length, {theirs.num_workers} "
+            "loader workers, the best of 0, 1 and 2)",
         )
     ]
 
