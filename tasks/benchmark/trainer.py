@@ -29,24 +29,11 @@ class _StepTimer(TrainerCallback):
 
 
 def time_updates(
-    trainer_class: type[Trainer],
-    count: int,
-    *,
-    warm_up: int,
-    mixed_precision: str | None,
-    cpu: bool,
-    settings: dict[str, Any],
-    **options: Any,
+    trainer_class: type[Trainer], count: int, config: Any, *, warm_up: int, settings: dict[str, Any], **options: Any
 ) -> tuple[Any, float]:
-    """Let a new Trainer do `warm_up` updates and then `count` that are timed.
+    """A new Trainer of these options after `warm_up` updates and `count` more, and the seconds of the latter.
 
-    Args:
-        trainer_class: made with `options`.
-        count, warm_up: numbers of updates.
-        mixed_precision, cpu, settings: what its training arguments say beside what all measurements share.
-
-    Returns:
-        The Trainer, and the seconds of the `count` updates.
+    Its training arguments are `settings`, what every measurement has, and `config`'s `mixed_precision` and `cpu`.
     """
     timer = _StepTimer(warm_up)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,9 +44,9 @@ def time_updates(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            bf16=mixed_precision == "bf16",
-            fp16=mixed_precision == "fp16",
-            use_cpu=cpu,
+            bf16=config.mixed_precision == "bf16",
+            fp16=config.mixed_precision == "fp16",
+            use_cpu=config.cpu,
             **settings,
         )
         trainer = trainer_class(args=args, callbacks=[timer], **options)

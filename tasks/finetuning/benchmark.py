@@ -54,9 +54,8 @@ class TrainerUpdates:
         _, seconds = time_updates(
             trainer_class,
             count,
+            self._config,
             warm_up=_WARM_UP,
-            mixed_precision=self._config.mixed_precision,
-            cpu=self._config.cpu,
             settings={"per_device_train_batch_size": self._config.batch_size, "logging_steps": 25},
             model=self._model,
             train_dataset=self._data,

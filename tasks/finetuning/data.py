@@ -214,15 +214,14 @@ def _with_classes(splits: Splits, column: str, known: tuple[str, ...]) -> tuple[
     is_encoded = isinstance(feature, ClassLabel) and feature.num_classes > 1
     values = range(feature.num_classes) if is_encoded else _values(splits, column)
     names = tuple(feature.names) if is_encoded else tuple(map(str, values))
-    has_names = names != tuple(map(str, range(len(known))))
-    order = known if has_names and sorted(known) == sorted(names) else names
+    order = known if sorted(known) == sorted(names) else names
     if not is_encoded or order != names:
         place = {name: n for n, name in enumerate(order)}
         numbers = {value: place[name] for value, name in zip(values, names, strict=True)}
         for split, rows in splits.items():
             features = Features({**rows.features, "label": Value("int64")})
             splits[split] = rows.map(lambda x: {"label": numbers[x]}, input_columns="label", features=features)
-    return splits, order if has_names else known
+    return splits, known if names == tuple(map(str, range(len(known)))) else order
 
 
 def _values(splits: Splits, column: str) -> list[Any]:

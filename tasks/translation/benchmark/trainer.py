@@ -55,9 +55,8 @@ class Seq2SeqTrainerUpdates:
         trainer, seconds = time_updates(
             _Counting,
             count,
+            config,
             warm_up=_WARM_UP,
-            mixed_precision=config.mixed_precision,
-            cpu=config.cpu,
             settings={
                 "per_device_train_batch_size": self.batch_size,
                 "label_smoothing_factor": config.label_smoothing,
