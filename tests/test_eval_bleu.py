@@ -16,7 +16,7 @@ from tasks.cli.options import flag
 from tasks.decoding.search import Decoding
 from tasks.scoring.bleu import paired_bootstrap
 from tasks.scoring.hypotheses import hypothesis_files
-from tasks.translation import evaluate as evaluation
+from tasks.translation.evaluation import evaluate as evaluation
 from tasks.translation.evaluation.config import EvaluationConfig, parse_evaluation
 from tiny_models import SEQ2SEQ, VOCABULARY, bart, gpt2
 from word_tokenizer import copying_model, sentences, word_tokenizer
