@@ -16,22 +16,26 @@ from tasks.cli.errors import UserError, explained
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.cli.options import OptionParser
 from tasks.translation.benchmark import table as translation
+from tasks.translation.benchmark.config import TranslationBenchmark
 
-TASKS: dict[str, Any] = {"translation": translation, "finetuning": finetuning}
+TASKS: dict[str, Any] = {
+    "translation": (TranslationBenchmark, translation.MEASUREMENTS),
+    "finetuning": (finetuning.FinetuningBenchmark, finetuning.MEASUREMENTS),
+}
 
 
 def main() -> None:
     with explained():
-        names = [argument for argument in sys.argv[1:] if argument in TASKS]
-        if not names and {"-h", "--help"} & set(sys.argv):
+        name, *options = sys.argv[1:] or [""]
+        if name in ("-h", "--help"):
             print(f"{__doc__}\nTasks: {', '.join(TASKS)}; each has a --help of its own.")
             return
-        if len(names) != 1:
-            raise UserError(f"name what to measure, one of {', '.join(TASKS)}; each has a --help of its own")
-        task = TASKS[names[0]]
-        parser = OptionParser(task.BenchmarkConfig, allow_abbrev=False, description=__doc__)
-        (config,) = parser.parse_args_into_dataclasses([x for x in sys.argv[1:] if x not in TASKS])
-        measure(config, task.MEASUREMENTS)
+        if name not in TASKS:
+            raise UserError(f"name first what to measure, one of {', '.join(TASKS)}; each has a --help of its own")
+        options_class, measurements = TASKS[name]
+        parser = OptionParser(options_class, prog=f"benchmark.py {name}", allow_abbrev=False, description=__doc__)
+        (config,) = parser.parse_args_into_dataclasses(options)
+        measure(config, measurements)
 
 
 def measure(config: Any, measurements: dict[str, Any]) -> None:

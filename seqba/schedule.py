@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def inverse_sqrt(update: int, *, peak_lr: float, warmup_updates: int) -> float:
@@ -92,10 +92,7 @@ def linear(update: int, *, peak_lr: float, warmup_updates: int, total_updates: i
     >>> [linear(t, peak_lr=0.5, warmup_updates=2, total_updates=6) for t in (1, 2, 3, 6, 7)]
     [0.25, 0.5, 0.375, 0.0, 0.0]
     """
-    left = _share_left(update, peak_lr, warmup_updates, total_updates, final_lr)
-    if update < warmup_updates:
-        return peak_lr * update / warmup_updates
-    return final_lr + (peak_lr - final_lr) * left
+    return _decay(lambda left: left, update, peak_lr, warmup_updates, total_updates, final_lr)
 
 
 def cosine(update: int, *, peak_lr: float, warmup_updates: int, total_updates: int, final_lr: float = 0.0) -> float:
@@ -105,25 +102,14 @@ def cosine(update: int, *, peak_lr: float, warmup_updates: int, total_updates: i
         lr(t) = final_lr + (peak_lr - final_lr) * (1 + cos(pi * (t - W) / (T - W))) / 2    W <= t <= T
         lr(t) = final_lr                                                               t >= T = total_updates
 
-    Loshchilov and Hutter 2017, "SGDR" (arXiv:1608.03983), Eq. 5, without restarts.
-
-    Args:
-        update: t, counted from 1.
-        peak_lr: the rate at update W, the largest; at least 0.
-        warmup_updates: W, at least 0; 0 starts on the way down.
-        total_updates: T, above W.
-        final_lr: from 0 to `peak_lr`.
-
-    Raises:
-        ValueError: an argument outside its range.
+    Loshchilov and Hutter 2017, "SGDR" (arXiv:1608.03983), Eq. 5, without restarts. Arguments and errors as of `linear`.
 
     >>> [round(cosine(t, peak_lr=0.5, warmup_updates=2, total_updates=6), 4) for t in (1, 2, 3, 4, 6, 7)]
     [0.25, 0.5, 0.4268, 0.25, 0.0, 0.0]
     """
-    left = _share_left(update, peak_lr, warmup_updates, total_updates, final_lr)
-    if update < warmup_updates:
-        return peak_lr * update / warmup_updates
-    return final_lr + (peak_lr - final_lr) * (1 - math.cos(math.pi * left)) / 2
+    return _decay(
+        lambda left: (1 - math.cos(math.pi * left)) / 2, update, peak_lr, warmup_updates, total_updates, final_lr
+    )
 
 
 def constant(update: int, *, peak_lr: float, warmup_updates: int = 0) -> float:
@@ -183,19 +169,20 @@ def step_decay(
     return constant(update, peak_lr=base_lr, warmup_updates=warmup_updates) * factor**drops
 
 
-def _share_left(update: int, peak_lr: float, warmup_updates: int, total_updates: int, final_lr: float) -> float:
-    """Check a decay's arguments; return which share of the decay is left: 1 at W, 0 from T on."""
-    _check_update(update)
-    _check_rate("peak_lr", peak_lr)
-    _check_count("warmup_updates", warmup_updates, minimum=0)
-    if total_updates <= warmup_updates:
+def _decay(
+    shape: Callable[[float], float], update: int, peak_lr: float, warmup: int, total: int, final_lr: float
+) -> float:
+    """Warm up, then fall by `shape` of the share of the way down that is left: 1 at W, 0 from T on."""
+    rate = constant(update, peak_lr=peak_lr, warmup_updates=warmup)
+    if total <= warmup:
         raise ValueError(
-            f"total_updates must be above warmup_updates={warmup_updates}, got {total_updates}: "
-            "train longer or warm up less"
+            f"total_updates must be above warmup_updates={warmup}, got {total}: train longer or warm up less"
         )
     if not 0 <= final_lr <= peak_lr:
         raise ValueError(f"final_lr must be from 0 to peak_lr={peak_lr}, got {final_lr}")
-    return max(total_updates - update, 0) / (total_updates - warmup_updates)
+    if update < warmup:
+        return rate
+    return final_lr + (peak_lr - final_lr) * shape(max(total - update, 0) / (total - warmup))
 
 
 def _check_update(update: int) -> None:

@@ -20,9 +20,9 @@ from tasks.run.stream import Numbered
 from tasks.text.generated.corpus import generate_corpus
 from tasks.translation import prepare
 from tasks.translation.benchmark import decoding, table
-from tasks.translation.benchmark.config import ROWS, BenchmarkConfig
+from tasks.translation.benchmark.config import ROWS, TranslationBenchmark
 from tasks.translation.benchmark.synthetic import Shape
-from tasks.translation.benchmark.trainer import TrainerUpdates
+from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
 
 TINY = {"width": 16, "ffn_width": 24, "num_layers": 1, "num_heads": 2}
@@ -71,10 +71,10 @@ def _text(seed):
 @pytest.fixture
 def config(cache, monkeypatch):
     """The generated preset, with a model that costs nothing and its text drawn once."""
-    training = BenchmarkConfig.training
+    training = TranslationBenchmark.training
     monkeypatch.setattr(prepare, "generate_corpus", _text)
-    monkeypatch.setattr(BenchmarkConfig, "training", lambda self, **changes: training(self, **{**TINY, **changes}))
-    yield BenchmarkConfig(preset="generated", cache_dir=cache, cpu=True, updates=2, pairs=2)
+    monkeypatch.setattr(TranslationBenchmark, "training", lambda self, **changes: training(self, **{**TINY, **changes}))
+    yield TranslationBenchmark(preset="generated", cache_dir=cache, cpu=True, updates=2, pairs=2)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -100,7 +100,7 @@ def test_the_bare_loop_and_the_training_script_do_the_same_batches(config, monke
 
 
 def test_the_trainers_updates_have_as_many_padded_tokens_within_two_percent(config, monkeypatch):
-    theirs = TrainerUpdates(config.training())
+    theirs = Seq2SeqTrainerUpdates(config.training())
     ours, padded = theirs.padded_tokens
     assert abs(padded / ours - 1) < 0.02
     seen = []
@@ -112,7 +112,6 @@ def test_the_trainers_updates_have_as_many_padded_tokens_within_two_percent(conf
 
     monkeypatch.setattr(transformers.Trainer, "training_step", spy)
     targets, seconds = theirs.advance(3)
-    theirs.close()
     assert len(seen) == 5  # two are not timed
     assert targets == sum(seen[2:])
     assert seconds > 0
@@ -262,7 +261,7 @@ def test_the_streams_rows_are_updates_with_reproducible_copies_over_updates_with
     clock.sets(
         TrainStep,
         "__call__",
-        lambda step, *args, **kwargs: seconds[step.copy_seed is not None, step.plan.copies_per_pass],
+        lambda step, *args, **kwargs: seconds[step._loop.copy_seed is not None, step.plan.copies_per_pass],
     )
     options = ["translation", "--preset", "generated", "--rows", "streams", "--ba-m", "3", "--pairs", "2", "--cpu"]
     verdict = call("benchmark.py", options, monkeypatch, capsys)
@@ -285,7 +284,7 @@ def test_trainers_with_and_without_copies_meet_the_same_samples_and_time_the_sam
 
     monkeypatch.setattr(transformers.Trainer, "training_step", spy)
     clock.sets(transformers.Trainer, "training_step", 3.0)
-    updates = finetuning.TrainerUpdates(finetuning.BenchmarkConfig(cache_dir=cache, cpu=True, batch_size=2))
+    updates = finetuning.TrainerUpdates(finetuning.FinetuningBenchmark(cache_dir=cache, cpu=True, batch_size=2))
     assert updates.seconds(2) == pytest.approx(6.0, abs=1e-4)
     plain = seen.copy()
     seen.clear()
@@ -302,7 +301,7 @@ def test_a_row_about_the_trainer_is_an_update_with_copies_over_a_plain_one(row, 
         return {1: 3.0, 2: 7.0}[trainer.ba_args.ba_m]
 
     clock.sets(transformers.Trainer, "training_step", seconds)
-    config = finetuning.BenchmarkConfig(
+    config = finetuning.FinetuningBenchmark(
         task="causal", cache_dir=cache, cpu=True, ba_m=2, updates=5, pairs=2, batch_size=2
     )
     (measured,) = finetuning.MEASUREMENTS[row](config)
@@ -316,7 +315,7 @@ def test_a_row_about_the_trainer_is_an_update_with_copies_over_a_plain_one(row, 
 )
 def test_bad_options_about_the_trainer_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        finetuning.BenchmarkConfig(**change)
+        finetuning.FinetuningBenchmark(**change)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +328,7 @@ def test_bad_options_about_the_trainer_are_named(change, message):
 )
 def test_bad_options_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(BenchmarkConfig(), **change)
+        dataclasses.replace(TranslationBenchmark(), **change)
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -350,7 +349,7 @@ def test_the_preset_is_multi30k_only_where_its_training_text_is_found(files, pre
         monkeypatch.delenv("SEQBA_DATA", raising=False)
     else:
         monkeypatch.setenv("SEQBA_DATA", str(tmp_path))
-    config = BenchmarkConfig(data_dir=str(tmp_path) if is_named else None)
+    config = TranslationBenchmark(data_dir=str(tmp_path) if is_named else None)
     assert config.training().config.preset == preset
     named = dataclasses.replace(config, preset="transformer-base-wmt16")
     assert named.training().config.preset == "transformer-base-wmt16"
@@ -358,13 +357,20 @@ def test_the_preset_is_multi30k_only_where_its_training_text_is_found(files, pre
 
 def test_without_a_data_folder_the_preset_is_generated(monkeypatch):
     monkeypatch.delenv("SEQBA_DATA", raising=False)
-    assert BenchmarkConfig().training().config.preset == "generated"
+    assert TranslationBenchmark().training().config.preset == "generated"
 
 
 def test_the_script_wants_a_task(monkeypatch, capsys):
-    verdict = call("benchmark.py", [], monkeypatch, capsys)
-    assert (verdict.status, verdict.stdout) == (1, "")
-    assert verdict.error == "error: name what to measure, one of translation, finetuning; each has a --help of its own"
+    for options in ([], ["--rows", "bare", "translation"]):
+        verdict = call("benchmark.py", options, monkeypatch, capsys)
+        assert (verdict.status, verdict.stdout) == (1, "")
+        assert verdict.error.startswith("error: name first what to measure, one of translation, finetuning; each has a")
+
+
+def test_a_value_that_is_a_tasks_name_is_no_task(monkeypatch, capsys):
+    options = ["finetuning", "--cache-dir", "translation", "--task", "translation"]
+    verdict = call("benchmark.py", options, monkeypatch, capsys)
+    assert verdict.error == "error: --task must be one of seq2seq, causal, classification, got translation"
 
 
 def test_the_scripts_help_names_the_tasks(monkeypatch, capsys):

@@ -114,7 +114,7 @@ def test_columns_are_what_the_tokenizer_gives_for_source_and_target(encoded, tok
     wanted = tokenizer(TEXT.source, text_target=TEXT.target)
     assert dataset["input_ids"][:] == wanted["input_ids"]
     assert dataset["labels"][:] == wanted["labels"]
-    assert counts == {"empty": 0, "too_long": 0, "length_ratio": 0, "truncated": 0}
+    assert counts == {"empty": 0, "too_long": 0, "length_ratio": 0}
 
 
 def test_length_is_the_longer_side_with_eos(encoded):
@@ -168,7 +168,7 @@ def test_another_text_tokenizer_or_limit_is_encoded_anew(tokenizer, tmp_path):
             (ParallelText(TEXT.target, TEXT.source), tokenizer, {}),
             (TEXT, larger, {}),
             (TEXT, tokenizer, {"max_length": 12}),
-            (TEXT, tokenizer, {"max_length": 12, "too_long": "truncate"}),
+            (TEXT, tokenizer, {"max_length": 12, "max_ratio": 2.0}),
         )
     ]
     assert len(set(files)) == len(files)
@@ -191,7 +191,7 @@ def test_sides_without_a_piece_drop_their_pair_and_are_counted(tokenizer, tmp_pa
     text = ParallelText(["the dog", "", "a cat", "\u200b\ufeff"], ["Hund", "Katze", " \t", "Haus"])
     dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path)
     assert dataset["input_ids"][:] == tokenizer(["the dog"])["input_ids"]
-    assert counts == {"empty": 3, "too_long": 0, "length_ratio": 0, "truncated": 0}
+    assert counts == {"empty": 3, "too_long": 0, "length_ratio": 0}
 
 
 @pytest.mark.parametrize("max_length", [6, 10, 15, 1_000])
@@ -209,31 +209,22 @@ def test_pairs_over_the_limit_are_dropped_and_every_pair_is_accounted_for(encode
     assert len(dataset) + sum(counts[reason] for reason in DROP_REASONS) == len(text)
 
 
-@pytest.mark.parametrize("max_length", [2, 6, 10, 1_000])
-def test_truncated_sides_are_those_of_the_tokenizer_and_counted(encoded, tokenizer, tmp_path, max_length):
-    dataset, counts = encode_pairs(TEXT, tokenizer, cache_dir=tmp_path, max_length=max_length, too_long="truncate")
-    wanted = tokenizer(TEXT.source, text_target=TEXT.target, truncation=True, max_length=max_length)
-    assert dataset["input_ids"][:] == wanted["input_ids"]
-    assert dataset["labels"][:] == wanted["labels"]
-    assert counts["truncated"] == int((lengths(encoded[0]) > max_length).sum())
-
-
 @pytest.mark.parametrize("max_ratio", [1.0, 1.1, 1.5, 2.0, 9.5])
-@pytest.mark.parametrize("too_long", ["drop", "truncate"])
-def test_uneven_pairs_are_dropped_by_the_rule_said_pair_by_pair(tokenizer, tmp_path, max_ratio, too_long):
+@pytest.mark.parametrize("max_length", [40, None])
+def test_uneven_pairs_are_dropped_by_the_rule_said_pair_by_pair(tokenizer, tmp_path, max_ratio, max_length):
     short, longer = "a dog", " ".join(["the big dog"] * 9)
     text = ParallelText([*TEXT.source, short, longer, longer, ""], [*TEXT.target, longer, longer, short, "Hund"])
-    limits = {"max_length": 40, "too_long": too_long}
-    dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path, max_ratio=max_ratio, **limits)
+    limits = {"max_length": max_length, "max_ratio": max_ratio}
+    dataset, counts = encode_pairs(text, tokenizer, cache_dir=tmp_path, **limits)
     sides = [[len(ids) - 1 for ids in tokenizer(side)["input_ids"]] for side in (text.source, text.target)]
     kept, uneven = 0, 0
     for a, b in zip(*sides, strict=True):
-        if min(a, b) == 0 or (too_long == "drop" and max(a, b) >= 40):
+        if min(a, b) == 0 or (max_length is not None and max(a, b) >= max_length):
             continue
         limit = max(9.0, max_ratio) if max(a, b) <= 10 else max_ratio
         uneven += max(a, b) / min(a, b) > limit
         kept += max(a, b) / min(a, b) <= limit
-    assert uneven >= 2 * (too_long == "truncate")
+    assert uneven >= 2 * (max_length is None)
     assert (len(dataset), counts["length_ratio"]) == (kept, uneven)
     assert len(dataset) + sum(counts[reason] for reason in DROP_REASONS) == len(text)
 
@@ -255,7 +246,6 @@ def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, t
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2.* got 1"),
         ({"max_ratio": 0.9}, r"max_ratio must be at least 1, got 0\.9"),
-        ({"too_long": "cut"}, "too_long must be 'drop' or 'truncate', got 'cut'"),
     ],
 )
 def test_impossible_options_are_refused(tokenizer, tmp_path, options, message):
@@ -301,10 +291,9 @@ def test_a_data_loader_takes_batches_of_any_size(encoded):
             assert batch["labels"][n][batch["labels"][n] != IGNORE_INDEX].tolist() == encoded[0][i]["labels"]
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, model, multiple):
-    collate = TranslationCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id, multiple)
-    reference = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=multiple)
+def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, model):
+    collate = TranslationCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id)
+    reference = DataCollatorForSeq2Seq(tokenizer, model=model)
     pairs = TokenPairs(encoded[0])
     for indices in ([0], [3, 41], list(range(0, 100, 7))):
         rows = encoded[0].select_columns(["input_ids", "labels"]).select(indices).to_list()

@@ -28,8 +28,8 @@ from transformers import (
 from bad_input import call, contents
 from distributed import run_ranks
 from tasks.finetuning import generated
-from tasks.finetuning.config import parse_finetuning
-from tasks.finetuning.data import encode
+from tasks.finetuning.config import FinetuningConfig, parse_finetuning
+from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
 from tasks.text.generated.corpus import generate_corpus
@@ -458,6 +458,37 @@ def test_a_test_split_whose_numbered_labels_are_secret_is_no_test(models, finetu
     verdict = finetune("--model", models / "bert", "--dataset", tmp_path / "secret")
     assert verdict.status == 0, verdict.error
     assert "test split: dropped 6 of 6 rows without a label" in verdict.stdout
+
+
+@pytest.mark.parametrize(
+    ("labels", "known", "numbers", "classes"),
+    [
+        (list(range(11)), (), list(range(11)), [str(n) for n in range(11)]),  # 10 is no neighbour of 1
+        ([0, 1, 2], ("x", "y", "z"), [0, 1, 2], ["x", "y", "z"]),
+        ([3, 7, 3], (), [0, 1, 0], ["3", "7"]),
+        (["a", "A", "a"], ("a", "A"), [0, 1, 0], ["a", "A"]),  # sorted, A would be class 0
+        ([True, False, True], (), [1, 0, 1], ["False", "True"]),
+        (["k", "z", "k"], ("q", "p"), [0, 1, 0], ["k", "z"]),
+        ([0, 1, 0], ("1", "0"), [1, 0, 1], ["1", "0"]),
+        (["1", "0", "1"], ("no", "yes"), [1, 0, 1], ["no", "yes"]),
+        ([None, "z", "k"], ("z", "k"), [0, 1], ["z", "k"]),
+    ],
+)
+@pytest.mark.parametrize("is_encoded", [False, True])
+def test_classes_are_numbered_by_their_order_or_as_the_head_has_them(
+    labels, known, numbers, classes, is_encoded, tmp_path
+):
+    rows = Dataset.from_dict({"text": ["w3"] * len(labels), "label": labels})
+    if is_encoded:
+        order = [str(label) for label in sorted({*labels} - {None})]
+        encoded = [None if label is None else order.index(str(label)) for label in labels]
+        features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
+        rows = Dataset.from_dict({"text": rows["text"], "label": encoded}, features=features)
+    DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "data")
+    config = FinetuningConfig(model="m", dataset=str(tmp_path / "data"))
+    splits, found = load_splits(config, "classification", 0, known_classes=known)
+    assert (splits["train"]["label"][:], list(found)) == (numbers, classes)
+    assert splits["validation"]["label"][:] == numbers
 
 
 @pytest.fixture(scope="module")

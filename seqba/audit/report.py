@@ -139,7 +139,7 @@ class IdenticalCopiesError(ValueError):
         self.audit = audit
 
 
-def check_copies_differ(audit: MaskAudit, allow_identical_copies: bool = False) -> None:
+def check_copies_differ(audit: MaskAudit) -> None:
     """Refuse copies between which nothing random is active; warn where all that is random is shared by them.
 
     Shared draws differ between passes, so that copies in passes of their own may differ where copies in one
@@ -147,12 +147,11 @@ def check_copies_differ(audit: MaskAudit, allow_identical_copies: bool = False) 
 
     Args:
         audit: what `audit_masks` found.
-        allow_identical_copies: train nevertheless, in silence.
 
     Raises:
         IdenticalCopiesError: nothing is random; the message holds the table and the reason.
     """
-    if allow_identical_copies or audit.copies_differ:
+    if audit.copies_differ:
         return
     if not audit.any_random:
         raise IdenticalCopiesError(audit)

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from tasks.cli.errors import DataError
-from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, FinetuningConfig
+from tasks.finetuning.config import CLASSIFICATION, SEQ2SEQ, FinetuningConfig
 from tasks.finetuning.generated import generate_data
 from tasks.text.data_sets import load_data_set, without_cache_files
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST = "train", "validation", "test"
 _NAMES = {VALID: ("validation", "valid", "val", "dev"), TEST: ("test",)}
 _MAX_HELD_OUT = 2_000
 _MAX_CLASSES = 10_000
+Splits: TypeAlias = dict[str, Dataset]
 _TRANSLATION = "translation"  # a column of dictionaries from language to sentence, as `wmt/wmt16` has
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The raw splits of a data set with the columns of a task: `source` and `target`, `text`, or `text` and `label`.
-
-    Attributes:
-        train, valid: each with a sample at least.
-        test: None where there is none.
-        classes: names of the classes, by label; empty where the task has none.
-    """
-
-    train: Dataset
-    valid: Dataset
-    test: Dataset | None
-    classes: tuple[str, ...] = ()
-
-
 def load_splits(
-    config: FinetuningConfig, task: str, seed: int, say: Callable[[str], None], *, known_classes: Sequence[str] = ()
-) -> Splits:
-    """Read the data set, choose its columns and splits, and say what was chosen.
+    config: FinetuningConfig, task: str, seed: int, *, known_classes: tuple[str, ...] = ()
+) -> tuple[Splits, tuple[str, ...]]:
+    """Read the data set, choose its columns and splits, and log what was chosen.
 
     Args:
         config: names the data set and its columns.
         task: of the model.
         seed: of a held-out part.
-        say: prints.
         known_classes: the model's classes by number: where the data set has the same ones, they keep their numbers.
+
+    Returns:
+        The splits "train", "validation" and, where there is one, "test", none of them empty, with the columns of the
+        task: `source` and `target`, `text`, or `text` (`text_pair`) and `label`; and the names of the classes by label,
+        none where the task has none.
 
     Raises:
         DataError: it cannot be loaded, lacks a split, a column or a language, or a column cannot be used.
     """
     if config.dataset is None:
-        say(f"no data named: training on the built-in generated text ({task})")
+        logger.info(f"no data named: training on the built-in generated text ({task})")
         data = generate_data(task)
     else:
         data = load_data_set(config.dataset, config.dataset_config)
@@ -67,14 +59,13 @@ def load_splits(
         splits = {split: _select(split, rows, columns) for split, rows in splits.items()}
         classes: tuple[str, ...] = ()
         if task == CLASSIFICATION:
-            splits, classes = _with_labels(splits, columns["label"], say)
-            splits, classes = _numbered_as(known_classes, splits, classes)
+            splits, classes = _with_classes(splits, columns["label"], known_classes)
         for split, rows in splits.items():
             if not len(rows):
                 raise DataError(f"the {split} split of {config.dataset} is empty")
         if VALID not in splits:
-            splits = _hold_out(splits, config.valid_share, seed, say)
-    return Splits(splits[TRAIN], splits[VALID], splits.get(TEST), classes)
+            splits = _hold_out(splits, config.valid_share, seed)
+    return {split: splits[split] for split in (TRAIN, VALID, TEST) if split in splits}, classes
 
 
 def encode(
@@ -85,7 +76,7 @@ def encode(
     A causal text ends with the end-of-sequence token, unless it was cut.
 
     Args:
-        rows: of `Splits`.
+        rows: a split of `load_splits`.
         task: what the labels are: the target's ids, the text's own, or the class.
         tokenizer: the model's.
         max_length: most tokens of a side.
@@ -96,44 +87,53 @@ def encode(
         (a causal text of one token).
     """
     counts: Counter[str] = Counter()
-    text_columns = [name for name in rows.column_names if name != "label"]
-
-    def cut(encoded: dict[str, list], again: Callable[[], dict[str, list]]) -> tuple[dict[str, list], list[bool]]:
-        too_long = [len(ids) > max_length for ids in encoded["input_ids"]]
-        return (again() if any(too_long) else encoded), too_long
-
-    def tokenized(*texts: Sequence[str], as_target: bool = False) -> tuple[dict[str, list], list[bool]]:
-        names = ("text_target",) if as_target else ("text", "text_pair")[: len(texts)]
-        named = {name: list(text) for name, text in zip(names, texts, strict=True)}
-        more = {"return_attention_mask": False, "return_token_type_ids": len(texts) > 1, "verbose": False}
-        return cut(
-            dict(tokenizer(**named, **more)),
-            lambda: dict(tokenizer(**named, **more, truncation=True, max_length=max_length)),
-        )
+    tokenize = partial(_tokenized, tokenizer, max_length)
 
     def encoded(batch: dict[str, list]) -> dict[str, list]:
-        keep = [n for n, texts in enumerate(zip(*(batch[name] for name in text_columns), strict=True))
-                if all(text is not None and text.strip() for text in texts)]  # fmt: skip
-        counts["blank"] += len(batch[text_columns[0]]) - len(keep)
-        kept = {name: [values[n] for n in keep] for name, values in batch.items()}
-        if not keep:
+        filled = _without_blanks(batch, counts)
+        if not any(filled.values()):
             return {"input_ids": [], "labels": []}
         if task == SEQ2SEQ:
-            sources, source_cut = tokenized([source_prefix + text for text in kept["source"]])
-            targets, target_cut = tokenized(kept["target"], as_target=True)
-            counts["cut"] += sum(map(any, zip(source_cut, target_cut, strict=True)))
-            return {"input_ids": sources["input_ids"], "labels": targets["input_ids"]}
-        texts, was_cut = tokenized(*(kept[name] for name in text_columns))
+            return _pairs(filled, tokenize, source_prefix, counts)
+        labels = filled.pop("label", [])
+        texts, was_cut = tokenize(**filled)
         counts["cut"] += sum(was_cut)
-        if task == CAUSAL:
-            ids = [_ended(row, tokenizer.eos_token_id, max_length) for row in texts["input_ids"]]
-            ids = [row for row in ids if len(row) > 1]  # nothing would follow a single token
-            counts["short"] += len(keep) - len(ids)
-            return {"input_ids": ids, "labels": [list(row) for row in ids]}
-        return {**texts, "labels": kept["label"]}
+        if task == CLASSIFICATION:
+            return {**texts, "labels": labels}
+        ids = [_ended(row, tokenizer.eos_token_id, max_length) for row in texts["input_ids"]]
+        ids = [row for row in ids if len(row) > 1]  # nothing would follow a single token
+        counts["short"] += len(was_cut) - len(ids)
+        return {"input_ids": ids, "labels": ids}
 
     with without_cache_files():
         return rows.map(encoded, batched=True, remove_columns=rows.column_names, desc="tokenizing"), counts
+
+
+def _without_blanks(batch: dict[str, list], counts: Counter[str]) -> dict[str, list]:
+    """The rows with text on every side; the others are counted."""
+    rows = list(zip(*(column for name, column in batch.items() if name != "label"), strict=True))
+    keep = [n for n, texts in enumerate(rows) if all((text or "").strip() for text in texts)]
+    counts["blank"] += len(rows) - len(keep)
+    return {name: [column[n] for n in keep] for name, column in batch.items()}
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, **texts: list[str]
+) -> tuple[dict[str, list], list[bool]]:
+    """What the tokenizer makes of `text`, with its `text_pair`, or of `text_target`; and which rows were cut."""
+    options = {"return_attention_mask": False, "return_token_type_ids": "text_pair" in texts, "verbose": False}
+    encoded = tokenizer(**texts, **options)
+    was_cut = [len(ids) > max_length for ids in encoded["input_ids"]]
+    if any(was_cut):
+        encoded = tokenizer(**texts, **options, truncation=True, max_length=max_length)
+    return dict(encoded), was_cut
+
+
+def _pairs(batch: dict[str, list], tokenize: Callable[..., Any], prefix: str, counts: Counter[str]) -> dict[str, list]:
+    sources, source_cut = tokenize(text=[prefix + text for text in batch["source"]])
+    targets, target_cut = tokenize(text_target=batch["target"])
+    counts["cut"] += sum(map(any, zip(source_cut, target_cut, strict=True)))
+    return {"input_ids": sources["input_ids"], "labels": targets["input_ids"]}
 
 
 def _ended(ids: list[int], eos: int | None, max_length: int) -> list[int]:
@@ -148,7 +148,9 @@ def _columns(config: FinetuningConfig, task: str, rows: Dataset) -> dict[str, st
     if task == SEQ2SEQ:
         return _sides(config, rows)
     strings = [name for name, feature in rows.features.items() if _is_string(feature) and name != config.label_column]
-    columns = {"text": config.text_column or _only(strings, rows, "--text_column")}
+    if config.text_column is None and "text" not in strings and len(strings) != 1:
+        raise DataError(f"the data set has the columns {', '.join(rows.column_names)}: name the text by --text_column")
+    columns = {"text": config.text_column or ("text" if "text" in strings else strings[0])}
     if task == CLASSIFICATION:
         if config.text_pair_column is not None:
             columns["text_pair"] = config.text_pair_column
@@ -176,14 +178,6 @@ def _sides(config: FinetuningConfig, rows: Dataset) -> dict[str, str]:
     return {side: f"{_TRANSLATION}.{language}" for side, language in chosen.items()}
 
 
-def _only(strings: list[str], rows: Dataset, option: str) -> str:
-    if "text" in strings:
-        return "text"
-    if len(strings) != 1:
-        raise DataError(f"the data set has the columns {', '.join(rows.column_names)}: name the text by {option}")
-    return strings[0]
-
-
 def _is_string(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
@@ -206,65 +200,58 @@ def _select(split: str, rows: Dataset, columns: dict[str, str]) -> Dataset:
 # ---- classes
 
 
-def _with_labels(
-    splits: dict[str, Dataset], column: str, say: Callable[[str], None]
-) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Labels as whole numbers from 0, and the names of the classes, by the training split."""
-    splits = {split: _labelled(split, rows, say) for split, rows in splits.items()}
+def _with_classes(splits: Splits, column: str, known: tuple[str, ...]) -> tuple[Splits, tuple[str, ...]]:
+    """Labels as whole numbers from 0, and the names of the classes by number.
+
+    The numbers are a `ClassLabel`'s, or the places of the training split's values in order; for the same classes as a
+    trained head's they are the head's. Numbers without names take those of the head. (`class_encode_column` would put
+    10 before 2 and number each split by itself, `align_labels_with_mapping` take classes of another case for the same.)
+    """
+    splits = {split: _labelled(split, rows) for split, rows in splits.items()}
     if TEST in splits and not len(splits[TEST]):
         del splits[TEST]
     feature = splits[TRAIN].features["label"]
-    if isinstance(feature, ClassLabel) and len(feature.names) > 1:
-        return splits, tuple(feature.names)
+    is_encoded = isinstance(feature, ClassLabel) and feature.num_classes > 1
+    values = range(feature.num_classes) if is_encoded else _values(splits, column)
+    names = tuple(feature.names) if is_encoded else tuple(map(str, values))
+    order = known if sorted(known) == sorted(names) else names
+    if not is_encoded or order != names:
+        place = {name: n for n, name in enumerate(order)}
+        numbers = {value: place[name] for value, name in zip(values, names, strict=True)}
+        for split, rows in splits.items():
+            features = Features({**rows.features, "label": Value("int64")})
+            splits[split] = rows.map(lambda x: {"label": numbers[x]}, input_columns="label", features=features)
+    return splits, known if names == tuple(map(str, range(len(known)))) else order
+
+
+def _values(splits: Splits, column: str) -> list[Any]:
+    """The labels of the training split in order; no other split may have others."""
     values = sorted(set(splits[TRAIN]["label"]))
     if any(isinstance(value, float) for value in values) or not 1 < len(values) <= _MAX_CLASSES:
         raise DataError(
-            f"the column {column!r} has {len(values)} different values of {feature}, which are no classes; name "
-            "another by --label_column"
+            f"the column {column!r} has {len(values)} different values of {splits[TRAIN].features['label']}, which are "
+            "no classes; name another by --label_column"
         )
-    numbers = {value: n for n, value in enumerate(values)}
     for split, rows in splits.items():
         if strange := set(rows["label"]) - set(values):
             raise DataError(f"the {split} split has the label {min(strange)!r}, which the train split has not")
-    return _renumbered(splits, numbers), tuple(map(str, values))
+    return values
 
 
-def _numbered_as(
-    known: Sequence[str], splits: dict[str, Dataset], classes: tuple[str, ...]
-) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """The same classes under the numbers that a trained head has for them; its names, where the data has numbers."""
-    if classes == tuple(map(str, range(len(known)))):
-        return splits, tuple(known)
-    if sorted(known) != sorted(classes) or tuple(known) == classes:
-        return splits, classes
-    return _renumbered(splits, {n: known.index(name) for n, name in enumerate(classes)}), tuple(known)
-
-
-def _renumbered(splits: dict[str, Dataset], numbers: dict[Any, int]) -> dict[str, Dataset]:
-    return {
-        split: rows.map(lambda row: {"label": numbers[row["label"]]}, features=_integers(rows))
-        for split, rows in splits.items()
-    }
-
-
-def _labelled(split: str, rows: Dataset, say: Callable[[str], None]) -> Dataset:
+def _labelled(split: str, rows: Dataset) -> Dataset:
     """Rows with a label: test splits whose answers are secret have -1, or nothing."""
     secret = {None, -1} if isinstance(rows.features["label"], ClassLabel) or split == TEST else {None}
     kept = rows.filter(lambda label: label not in secret, input_columns="label")
     if len(kept) < len(rows):
-        say(f"{split} split: dropped {len(rows) - len(kept):,} of {len(rows):,} rows without a label")
+        logger.info(f"{split} split: dropped {len(rows) - len(kept):,} of {len(rows):,} rows without a label")
     return kept
 
 
-def _integers(rows: Dataset) -> Features:
-    return Features({**rows.features, "label": Value("int64")})
-
-
-def _hold_out(splits: dict[str, Dataset], share: float, seed: int, say: Callable[[str], None]) -> dict[str, Dataset]:
+def _hold_out(splits: Splits, share: float, seed: int) -> Splits:
     rows = splits[TRAIN]
     held = min(_MAX_HELD_OUT, max(1, round(share * len(rows))))
     if held >= len(rows):
         raise DataError(f"the train split has {len(rows)} rows, of which none would be left beside a validation split")
-    say(f"no validation split: {held:,} of the {len(rows):,} training rows are held out for it")
+    logger.info(f"no validation split: {held:,} of the {len(rows):,} training rows are held out for it")
     parts = rows.train_test_split(test_size=held, seed=seed)
     return {**splits, TRAIN: parts["train"], VALID: parts["test"]}

@@ -14,7 +14,7 @@ from tasks.text.generated.corpus import generate_corpus
 from tasks.text.parallel import ParallelText
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 
-_VOCAB_SIZE, _WIDTH, _NUM_LAYERS, _NUM_HEADS, _POSITIONS, _DROPOUT = 1_000, 128, 2, 4, 128, 0.1
+_VOCAB_SIZE, _WIDTH, _NUM_LAYERS, _NUM_HEADS, _POSITIONS = 1_000, 128, 2, 4, 128  # and every dropout is 0.1
 _LABELS = ["statement", "question"]
 
 
@@ -32,7 +32,20 @@ def generate_model(task: str, cache_dir: str, seed: int) -> tuple[PreTrainedMode
     """A small model with new weights, and the tokenizer of the generated corpus."""
     tokenizer = load_tokenizer(train_tokenizer(generate_corpus()["train"], _VOCAB_SIZE, cache_dir))
     torch.manual_seed(seed)
-    return _MODELS[task](vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, eos=tokenizer.eos_token_id), tokenizer
+    eos = tokenizer.eos_token_id
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"hidden_size": _WIDTH, "num_hidden_layers": _NUM_LAYERS, "num_attention_heads": _NUM_HEADS,
+             "max_position_embeddings": _POSITIONS}  # fmt: skip
+    if task == CAUSAL:
+        return GPT2LMHeadModel(GPT2Config(**tokens, **sizes, bos_token_id=eos, eos_token_id=eos)), tokenizer
+    if task == CLASSIFICATION:
+        names = {"id2label": dict(enumerate(_LABELS)), "label2id": {name: n for n, name in enumerate(_LABELS)}}
+        config = BertConfig(**tokens, **sizes, intermediate_size=4 * _WIDTH, num_labels=len(_LABELS), **names)
+        return BertForSequenceClassification(config), tokenizer
+    model = build_model(
+        **tokens, eos_token_id=eos, width=_WIDTH, num_layers=_NUM_LAYERS, num_heads=_NUM_HEADS, max_length=_POSITIONS
+    )
+    return model, tokenizer
 
 
 def _split(task: str, text: ParallelText) -> Dataset:
@@ -43,59 +56,3 @@ def _split(task: str, text: ParallelText) -> Dataset:
     features = Features({"text": Value("string"), "label": ClassLabel(names=_LABELS)})
     labels = [int(sentence.endswith("?")) for sentence in text.source]
     return Dataset.from_dict({"text": [line.rstrip(".?") for line in text.source], "label": labels}, features=features)
-
-
-def _seq2seq(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
-    return build_model(
-        vocab_size=vocab_size,
-        width=_WIDTH,
-        ffn_width=4 * _WIDTH,
-        num_layers=_NUM_LAYERS,
-        num_heads=_NUM_HEADS,
-        dropout=_DROPOUT,
-        attention_dropout=_DROPOUT,
-        activation_dropout=_DROPOUT,
-        pad_token_id=pad,
-        eos_token_id=eos,
-        max_length=_POSITIONS,
-    )
-
-
-def _causal(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=_WIDTH,
-            n_layer=_NUM_LAYERS,
-            n_head=_NUM_HEADS,
-            n_positions=_POSITIONS,
-            embd_pdrop=_DROPOUT,
-            resid_pdrop=_DROPOUT,
-            attn_pdrop=_DROPOUT,
-            pad_token_id=pad,
-            bos_token_id=eos,
-            eos_token_id=eos,
-        )
-    )
-
-
-def _classifier(*, vocab_size: int, pad: int, eos: int) -> PreTrainedModel:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=_WIDTH,
-            num_hidden_layers=_NUM_LAYERS,
-            num_attention_heads=_NUM_HEADS,
-            intermediate_size=4 * _WIDTH,
-            max_position_embeddings=_POSITIONS,
-            hidden_dropout_prob=_DROPOUT,
-            attention_probs_dropout_prob=_DROPOUT,
-            pad_token_id=pad,
-            num_labels=len(_LABELS),
-            id2label=dict(enumerate(_LABELS)),
-            label2id={name: n for n, name in enumerate(_LABELS)},
-        )
-    )
-
-
-_MODELS: dict[str, Any] = {SEQ2SEQ: _seq2seq, CAUSAL: _causal, CLASSIFICATION: _classifier}

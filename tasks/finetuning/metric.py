@@ -6,7 +6,7 @@ That loss is, by model and number of ranks, a mean of the batches' means, or of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +17,16 @@ from seqba.loss import IGNORE_INDEX
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION
 
 
-def metrics_for(task: str) -> tuple[Callable[[Any, Tensor], Tensor], Callable[[EvalPrediction], dict[str, float]]]:
-    """`preprocess_logits_for_metrics` and `compute_metrics` of a Trainer.
+def metrics_for(task: str) -> dict[str, Any]:
+    """`preprocess_logits_for_metrics` and `compute_metrics`, arguments of a Trainer.
 
     The first reduces the logits of a batch to two numbers a row, (B, 2), so that no logits are kept; the second sums
     them: `nats_per_token` and `perplexity` of texts, `accuracy` (0 to 1) of classes.
     """
     if task == CLASSIFICATION:
-        return correct_per_row, accuracy
-
-    def nats_per_row(logits: Any, labels: Tensor) -> Tensor:
-        return token_nats_per_row(logits, labels, is_causal=task == CAUSAL)
-
-    return nats_per_row, perplexity
+        return {"preprocess_logits_for_metrics": correct_per_row, "compute_metrics": accuracy}
+    nats_per_row = partial(token_nats_per_row, is_causal=task == CAUSAL)
+    return {"preprocess_logits_for_metrics": nats_per_row, "compute_metrics": perplexity}
 
 
 def token_nats_per_row(logits: Any, labels: Tensor, *, is_causal: bool) -> Tensor:

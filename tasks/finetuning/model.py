@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -22,6 +22,8 @@ from transformers import (
 from tasks.cli.errors import UserError
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.models.pretrained import load_weights, use_languages
+
+logger = logging.getLogger(__name__)
 
 _LOADERS: dict[str, Any] = {
     SEQ2SEQ: AutoModelForSeq2SeqLM,
@@ -65,41 +67,38 @@ def classes_of(model_config: PreTrainedConfig | None) -> tuple[str, ...]:
 def load_model(
     config: FinetuningConfig,
     task: str,
-    classes: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None],
+    *,
+    classes: Sequence[str] = (),
+    known_classes: Sequence[str] = (),
 ) -> PreTrainedModel:
     """The model in float32, with its tokenizer set to its languages and given a padding token.
 
     Args:
         config: names the model.
         task: which head it gets.
-        classes: of a classifier; a head for as many is kept, one for another number is made anew.
         tokenizer: the model's.
-        say: prints.
+        classes: of a classifier; a head for as many is kept, one for another number is made anew.
+        known_classes: those that its head was trained for.
 
     Raises:
         UserError: the folder lacks a part, or a language is missing or unknown.
     """
     assert config.model is not None
-    more: dict[str, Any] = {}
+    head: dict[str, Any] = {}
     if task == CLASSIFICATION:
-        names = dict(enumerate(classes))
-        more = {
+        head = {
             "num_labels": len(classes),
-            "id2label": names,
-            "label2id": {name: n for n, name in names.items()},
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: n for n, name in enumerate(classes)},
             "problem_type": "single_label_classification",
             "ignore_mismatched_sizes": True,
         }
-    is_classifier = task == CLASSIFICATION
-    model, new = load_weights(
-        config.model, _LOADERS[task], tokenizer, new_head=is_classifier, dtype=torch.float32, **more
-    )
+    model, new = load_weights(config.model, _LOADERS[task], tokenizer, new_head=bool(head), dtype=torch.float32, **head)
     if new:
-        say(f"{len(new)} weights are new: {', '.join(new)}")
-    elif is_classifier and (was := classes_of(AutoConfig.from_pretrained(config.model))) != tuple(classes):
-        say(f"the trained head's classes {', '.join(was)} are {', '.join(classes)} from here on")
+        logger.info(f"{len(new)} weights are new: {', '.join(new)}")
+    elif head and tuple(known_classes) != tuple(classes):
+        logger.info(f"the trained head's classes {', '.join(known_classes)} are {', '.join(classes)} from here on")
     if task == SEQ2SEQ:
         use_languages(model, tokenizer, (config.source_code, config.target_code), "--source_code and --target_code")
     if tokenizer.pad_token_id is None:

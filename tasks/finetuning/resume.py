@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import RunError, make_folder
 from tasks.cli.files import write_json
 from tasks.finetuning.config import FinetuningConfig, as_plain
+
+logger = logging.getLogger(__name__)
 
 RESULTS, OPTIONS = "results.json", "options.json"
 LAST = "last"
@@ -33,7 +35,7 @@ _TRAINING = (
 )  # fmt: skip
 
 
-def prepare_folder(args: TrainingArguments, say: Callable[[str], None]) -> str | None:
+def prepare_folder(args: TrainingArguments) -> str | None:
     """Make the run folder, or find the checkpoint in it that was asked for.
 
     Returns:
@@ -64,7 +66,7 @@ def prepare_folder(args: TrainingArguments, say: Callable[[str], None]) -> str |
     for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if not (trouble := _trouble(path)):
             return str(path)
-        say(f"{path} {trouble}: passed over")
+        logger.info(f"{path} {trouble}: passed over")
     raise RunError(f"--resume_from_checkpoint {LAST}: {folder} holds no whole checkpoint; leave the option out")
 
 
@@ -74,11 +76,7 @@ def keep_options(config: FinetuningConfig, ba_args: BatchAugmentationArguments, 
 
 
 def check_same_options(
-    checkpoint: str,
-    config: FinetuningConfig,
-    ba_args: BatchAugmentationArguments,
-    args: TrainingArguments,
-    say: Callable[[str], None],
+    checkpoint: str, config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments
 ) -> None:
     """Compare the options of a resumed run with those that the run of the checkpoint began with.
 
@@ -88,7 +86,7 @@ def check_same_options(
     folder = Path(checkpoint).absolute().parent
     file, options = folder / OPTIONS, _options(config, ba_args, args)
     if not file.is_file():
-        say(f"{folder} has no {OPTIONS}: whether that run had the same options cannot be told")
+        logger.info(f"{folder} has no {OPTIONS}: whether that run had the same options cannot be told")
         return
     kept = json.loads(file.read_text("utf-8"))
     if other := [name for name in options if name in kept and kept[name] != options[name]]:

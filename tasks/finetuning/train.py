@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
 from tasks.cli.errors import UserError, identical_copies
 from tasks.cli.files import write_json, write_text
+from tasks.cli.log import show_log
 from tasks.cli.machine import use_threads
 from tasks.decoding.search import Decoding, max_source_length, translate
 from tasks.finetuning.callbacks import StopAtNonFinite, check_weights
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
-from tasks.finetuning.data import Splits, encode, load_splits
+from tasks.finetuning.data import TEST, TRAIN, VALID, Splits, encode, load_splits
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
 from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
@@ -27,6 +28,9 @@ from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, p
 from tasks.models.pretrained import load_config_and_tokenizer
 from tasks.scoring.bleu import one_line_each, score_bleu
 
+logger = logging.getLogger(__name__)
+
+_HYPOTHESES = "hyp.test.txt"
 _DROPPED = {"blank": "blank ones", "short": "of one token"}
 
 
@@ -39,46 +43,33 @@ def finetune(
         UserError: options, model, data or the run folder cannot be used, which shows before or on the first update; or
             a loss that is not finite ends the run, whose earlier checkpoints are kept.
     """
-    folder = Path(args.output_dir)
-
-    def say(text: str) -> None:
-        if args.process_index == 0:
-            print(text, flush=True)
-
-    checkpoint = prepare_folder(args, say)
+    show_log(args.process_index == 0)
+    checkpoint = prepare_folder(args)
     if checkpoint is not None:
-        check_same_options(checkpoint, config, ba_args, args, say)
+        check_same_options(checkpoint, config, ba_args, args)
     set_seed(args.seed)
 
     # ---- data and model
-    task, model, tokenizer, splits = _load(config, args.seed, say)
-    max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
-    encoded: dict[str, Dataset] = {}
-    for name, rows in _named(splits).items():
-        encoded[name], counts = encode(rows, task, tokenizer, max_length, config.source_prefix)
-        say(f"{name}: {len(encoded[name]):,} samples; {_describe(counts, max_length)}")
-        if not len(encoded[name]):
-            raise UserError(f"the {name} split has no sample with a target: all are blank or too short")
+    task, model, tokenizer, splits = _load(config, args.seed)
+    encoded = _encode(config, task, model, tokenizer, splits)
 
     # ---- training
-    preprocess_logits, compute_metrics = metrics_for(task)
     try:
         trainer = BatchAugmentationTrainer(
             model=model,
             args=args,
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
+            train_dataset=encoded[TRAIN],
+            eval_dataset=encoded[VALID],
             data_collator=collator_for(task, model, tokenizer),
             processing_class=tokenizer,
-            preprocess_logits_for_metrics=preprocess_logits,
-            compute_metrics=compute_metrics,
             callbacks=[StopAtNonFinite()],
             ba_args=ba_args,
+            **metrics_for(task),
         )
     except (ValueError, RuntimeError, ImportError) as error:  # options that do not go together, a missing tracker
         raise UserError(str(error)) from error
     threads = use_threads(trainer.accelerator)
-    say(
+    logger.info(
         f"{model.num_parameters():,} parameters, M = {ba_args.ba_m}, {args.world_size} process(es), {threads} threads "
         f"on {args.device}"
     )
@@ -94,40 +85,43 @@ def finetune(
     # ---- results
     check_weights(trainer)
     trainer.save_model()
+    sentences = splits.get(TEST) if task == SEQ2SEQ else None
     results: dict[str, Any] = {"task": task, "options": as_json(config, ba_args, args)}
-    results["validation"] = _scores(trainer.evaluate())
-    if splits.test is not None:
-        results["test"] = _scores(trainer.evaluate(encoded["test"], metric_key_prefix="test"))
-        if task == SEQ2SEQ:
-            results["test"] |= _translate(config, trainer, tokenizer, splits.test)
+    results |= _evaluate(config, trainer, encoded.get(TEST), sentences)
     results["counters"] = trainer.counters.state()["args"]
     if trainer.is_world_process_zero():
-        write_json(folder / RESULTS, results)
-    for name in ("validation", "test"):
-        say(f"{name}: {_summary(results[name])}" if name in results else f"no {name} split: nothing was tested")
-    say(f"{folder}: the model, {RESULTS}{', hyp.test.txt' if 'test_bleu' in results.get('test', {}) else ''}")
+        write_json(Path(args.output_dir, RESULTS), results)
+    logger.info(f"{args.output_dir}: the model, {RESULTS}{'' if sentences is None else f', {_HYPOTHESES}'}")
     return trainer
 
 
-def _load(
-    config: FinetuningConfig, seed: int, say: Callable[[str], None]
-) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:
+def _load(config: FinetuningConfig, seed: int) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:
     """The task, its model and tokenizer, and the data, each checked against the others."""
-    if config.model is None:
-        task = task_of(config, None)
-        config.check_task(task)
-        splits = load_splits(config, task, seed, say)
-        return task, *generate_model(task, config.cache_dir, seed), splits
-    model_config, tokenizer = load_config_and_tokenizer(config.model)
+    model_config, tokenizer = (None, None) if config.model is None else load_config_and_tokenizer(config.model)
     task = task_of(config, model_config)
     config.check_task(task)
-    splits = load_splits(config, task, seed, say, known_classes=classes_of(model_config))
-    return task, load_model(config, task, splits.classes, tokenizer, say), tokenizer, splits
+    known = classes_of(model_config)
+    splits, classes = load_splits(config, task, seed, known_classes=known)
+    if tokenizer is None:
+        return task, *generate_model(task, config.cache_dir, seed), splits
+    return task, load_model(config, task, tokenizer, classes=classes, known_classes=known), tokenizer, splits
 
 
-def _named(splits: Splits) -> dict[str, Dataset]:
-    named = {"train": splits.train, "validation": splits.valid, "test": splits.test}
-    return {name: rows for name, rows in named.items() if rows is not None}
+def _encode(
+    config: FinetuningConfig,
+    task: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+) -> Splits:
+    max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
+    encoded = {}
+    for name, rows in splits.items():
+        encoded[name], counts = encode(rows, task, tokenizer, max_length, config.source_prefix)
+        logger.info(f"{name}: {len(encoded[name]):,} samples; {_describe(counts, max_length)}")
+        if not len(encoded[name]):
+            raise UserError(f"the {name} split has no sample with a target: all are blank or too short")
+    return encoded
 
 
 def _describe(counts: Counter[str], max_length: int) -> str:
@@ -138,18 +132,30 @@ def _describe(counts: Counter[str], max_length: int) -> str:
     return ", ".join(said)
 
 
-def _translate(
-    config: FinetuningConfig, trainer: BatchAugmentationTrainer, tokenizer: PreTrainedTokenizerBase, test: Dataset
-) -> dict[str, Any]:
+def _evaluate(
+    config: FinetuningConfig, trainer: BatchAugmentationTrainer, test: Dataset | None, sentences: Dataset | None
+) -> dict[str, dict[str, Any]]:
+    """The scores of the validation split, and of the test split, with its `sentences` where they are translated."""
+    scores = {"validation": _scores(trainer.evaluate())}
+    if test is not None:
+        scores["test"] = _scores(trainer.evaluate(test, metric_key_prefix="test"))
+    if sentences is not None:
+        scores["test"] |= _translate(config, trainer, sentences)
+    for name in ("validation", "test"):
+        logger.info(f"{name}: {_summary(scores[name])}" if name in scores else f"no {name} split: nothing was tested")
+    return scores
+
+
+def _translate(config: FinetuningConfig, trainer: BatchAugmentationTrainer, test: Dataset) -> dict[str, Any]:
     """The test split by beam search, each row once; its BLEU with what makes it comparable."""
     decoding = Decoding(config.num_beams, config.length_penalty)
     sources = [config.source_prefix + (text or "") for text in test["source"]]
     references = [text or "" for text in test["target"]]
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     found, _ = one_line_each(translate(trainer.accelerator, model, tokenizer, sources, decoding=decoding))
     score = score_bleu(found, references, str(decoding))
     if trainer.is_world_process_zero():
-        write_text(Path(trainer.args.output_dir, "hyp.test.txt"), "".join(f"{line}\n" for line in found))
+        write_text(Path(trainer.args.output_dir, _HYPOTHESES), "".join(f"{line}\n" for line in found))
     return {"test_bleu": score.bleu, "test_bleu_signature": score.signature, "test_bleu_decoding": score.decoding}
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from seqba.audit import MaskAudit, audit_masks
 from tasks.cli.errors import UserError
 from tasks.cli.options import check_least, option
+from tasks.models.pretrained import explaining
 
 # By which head a configuration without `architectures` gets its model, the first that its family has. The last
 # column says when: encoders have a causal head in transformers too, but are not trained by it.
@@ -62,17 +63,13 @@ def load_model(path: Path) -> nn.Module:
         )
     if not file.is_file():
         raise UserError(f"{file} does not exist; give a model folder with a config.json, or such a file")
-    try:
+    with explaining(f"{file} is no configuration of a transformers model"):
         config = AutoConfig.from_pretrained(file)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{file} is no configuration of a transformers model: {error}") from error
     model_class = _model_class(config, file)
-    try:
+    with explaining(f"{path} cannot be made a {model_class.__name__}"):
         if path.is_dir() and _has_weights(path):
             return model_class.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
         return model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
-    except (AttributeError, TypeError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be made a {model_class.__name__}: {error}") from error
 
 
 def random_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:

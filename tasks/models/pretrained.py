@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from tasks.cli.errors import UserError
@@ -30,6 +37,18 @@ def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, PreTrainedTo
     if folder is not None:
         _check_tokenizer_files(folder, tokenizer)
     return config, tokenizer
+
+
+def load_translator(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an encoder-decoder and its tokenizer, as `load_config_and_tokenizer` and `load_weights` do.
+
+    Raises:
+        UserError: theirs, or the model is no encoder-decoder.
+    """
+    config, tokenizer = load_config_and_tokenizer(name)
+    if not config.is_encoder_decoder:
+        raise UserError(f"--model {name} is a {config.model_type}, which is no encoder-decoder and cannot translate")
+    return load_weights(name, AutoModelForSeq2SeqLM, tokenizer)[0], tokenizer
 
 
 def load_weights(
@@ -122,16 +141,27 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _load(name: str, what: str, loader: Any, folder: Path | None, **more: Any) -> Any:
-    try:
+    fault = f"--model {name}: {what} cannot be loaded from this folder"
+    if folder is None:
+        fault = (
+            f"--model {name} is neither a folder here nor a hub id that this machine can download or has in its cache"
+        )
+    with explaining(fault):
         return loader.from_pretrained(name if folder is None else str(folder), **more)
-    except Exception as error:  # transformers, the hub and safetensors raise a dozen unrelated types
+
+
+@contextmanager
+def explaining(fault: str) -> Iterator[None]:
+    """Turn whatever transformers, the hub or safetensors raise in the block into `fault` with the reason behind it.
+
+    Raises:
+        UserError: for any of their dozen unrelated types.
+    """
+    try:
+        yield
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        if folder is None:
-            raise UserError(
-                f"--model {name} is neither a folder here nor a hub id that this machine can download or has in its "
-                f"cache ({reason})"
-            ) from error
-        raise UserError(f"--model {name}: {what} cannot be loaded from this folder ({reason})") from error
+        raise UserError(f"{fault} ({reason})") from error
 
 
 def _check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

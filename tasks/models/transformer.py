@@ -7,12 +7,12 @@ def build_model(
     *,
     vocab_size: int,
     width: int,
-    ffn_width: int,
+    ffn_width: int | None = None,
     num_layers: int,
     num_heads: int,
-    dropout: float,
-    attention_dropout: float,
-    activation_dropout: float,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    activation_dropout: float = 0.1,
     pad_token_id: int,
     eos_token_id: int,
     max_length: int,
@@ -26,7 +26,7 @@ def build_model(
 
     Args:
         vocab_size: V.
-        width, ffn_width: D, and the inner width of the feed-forward layers.
+        width, ffn_width: D, and the inner width of the feed-forward layers, by default 4 D.
         num_layers: of the encoder, and of the decoder.
         num_heads: H.
         dropout, attention_dropout, activation_dropout: probabilities of zeroing.
@@ -34,6 +34,7 @@ def build_model(
         eos_token_id: ends a sentence.
         max_length: positions; the longest sentence in pieces, on either side.
     """
+    ffn_width = 4 * width if ffn_width is None else ffn_width
     config = MarianConfig(
         vocab_size=vocab_size,
         d_model=width,

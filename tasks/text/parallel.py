@@ -114,16 +114,15 @@ def clean(text: ParallelText) -> tuple[ParallelText, dict[str, int]]:
 
 
 def describe_dropped(counts: dict[str, int]) -> str:
-    """Say counts of dropped (and of truncated) pairs in words, for messages and logs.
+    """Say counts of dropped pairs in words, for messages and logs.
 
     >>> describe_dropped({"empty": 2, "too_long": 0, "length_ratio": 1})
     'dropped 2 empty, 1 length_ratio'
-    >>> describe_dropped({"empty": 0, "truncated": 3})
-    'dropped none, 3 truncated'
+    >>> describe_dropped({"empty": 0})
+    'dropped none'
     """
-    said = [f"{counts[reason]} {reason}" for reason in DROP_REASONS if counts.get(reason)] or ["none"]
-    cut = [f"{counts['truncated']} truncated"] if counts.get("truncated") else []
-    return "dropped " + ", ".join(said + cut)
+    said = [f"{counts[reason]} {reason}" for reason in DROP_REASONS if counts.get(reason)]
+    return f"dropped {', '.join(said) or 'none'}"
 
 
 def fingerprint(text: ParallelText) -> str:

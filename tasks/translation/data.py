@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -25,7 +25,7 @@ from tasks.text.tokenizer import atomic_folder, load_tokenizer, tokenizer_finger
 Sample: TypeAlias = Mapping[str, Sequence[int] | NDArray[np.int32]]
 
 _CHUNK = 10_000  # pairs encoded at once: a record batch of the file
-_LAYOUT = 2  # of the folder; raise it and cached folders are made anew
+_LAYOUT = 3  # of the folder; raise it and cached folders are made anew
 _SHORT = 10  # pieces of the longer side of a short pair
 _SHORT_RATIO = 9.0  # and the ratio that its sides may have
 _ID_LIST = pa.list_(pa.int32())
@@ -34,22 +34,19 @@ _SCHEMA = pa.schema({"input_ids": _ID_LIST, "labels": _ID_LIST, "length": pa.int
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """What happens to a pair for its lengths, in ids with eos.
+    """Which pairs are dropped for their lengths, in ids with eos.
 
-    A side over `max_length`: the pair is dropped, or its sides are cut to it. Sides whose pieces (eos aside) are over
-    `max_ratio` apart, longer / shorter: the pair is dropped; of short pairs, with at most 10 pieces on the longer
-    side, only over 9 apart, since a word or two more is no sign of a bad translation there.
+    Those with a side over `max_length`, and those whose sides (their pieces, eos aside) are over `max_ratio` apart,
+    longer / shorter; of short pairs, with at most 10 pieces on the longer side, only those over 9 apart, since a word
+    or two more is no sign of a bad translation there.
     """
 
     max_length: int | None = None
-    too_long: Literal["drop", "truncate"] = "drop"
     max_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise DataError(f"max_length must be at least 2, a piece and eos, got {self.max_length}")
-        if self.too_long not in ("drop", "truncate"):
-            raise DataError(f"too_long must be 'drop' or 'truncate', got {self.too_long!r}")
         if self.max_ratio is not None and not self.max_ratio >= 1:
             raise DataError(f"max_ratio must be at least 1, got {self.max_ratio}")
 
@@ -68,7 +65,6 @@ def encode_pairs(
     cache_dir: str | Path,
     num_proc: int = 1,
     max_length: int | None = None,
-    too_long: Literal["drop", "truncate"] = "drop",
     max_ratio: float | None = None,
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Encode every pair, or find them in the cache, as a data set that stays on disk.
@@ -81,20 +77,19 @@ def encode_pairs(
         tokenizer: a joint Marian tokenizer, or its folder.
         cache_dir: made where it is missing.
         num_proc: cores that encode. SentencePiece's own threads use them, nothing is forked or pickled.
-        max_length: the most ids a side may have, eos included.
-        too_long: a pair over `max_length` is dropped, or its sides are cut to it, eos kept.
+        max_length: the most ids a side may have, eos included; longer pairs are dropped.
         max_ratio: the longer side's pieces over the shorter's; see `LengthLimit`.
 
     Returns:
         The data set: `input_ids` and `labels` (unpadded, eos included) and `length`, the longer side's ids.
-        And how many pairs were dropped, by `DROP_REASONS`, and under "truncated" how many were cut.
+        And how many pairs were dropped, by `DROP_REASONS`.
 
     Raises:
         DataError: no pair is left.
     """
     if num_proc < 1:
         raise DataError(f"num_proc must be at least 1, got {num_proc}")
-    limit = LengthLimit(max_length, too_long, max_ratio)
+    limit = LengthLimit(max_length, max_ratio)
     if not isinstance(tokenizer, MarianTokenizer):
         tokenizer = load_tokenizer(tokenizer)
     folder = Path(cache_dir) / f"pairs-{_cache_key(text, tokenizer, limit)}"
@@ -190,7 +185,6 @@ class TranslationCollator:
 
     pad_token_id: int
     decoder_start_token_id: int
-    pad_to_multiple_of: int | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Pad a batch; the samples hold lists or arrays of ids."""
@@ -209,8 +203,7 @@ class TranslationCollator:
     def _pad(self, rows: Sequence[Any], fill: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Rows as a matrix, and where it holds theirs."""
         row_lengths = np.array([len(row) for row in rows])
-        width, multiple = int(row_lengths.max()), self.pad_to_multiple_of or 1
-        is_real = np.arange(-(-width // multiple) * multiple) < row_lengths[:, None]
+        is_real = np.arange(row_lengths.max()) < row_lengths[:, None]
         padded = np.full(is_real.shape, fill, dtype=np.int64)
         padded[is_real] = np.concatenate(rows)
         return padded, is_real
@@ -224,11 +217,11 @@ def _cache_key(text: ParallelText, tokenizer: MarianTokenizer, limit: LengthLimi
 def _write_pairs(
     path: Path, text: ParallelText, tokenizer: MarianTokenizer, limit: LengthLimit, num_proc: int
 ) -> dict[str, int]:
-    counts = dict.fromkeys((*DROP_REASONS, "truncated"), 0)
+    counts = dict.fromkeys(DROP_REASONS, 0)
     num_kept = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for source, target in _encoded_chunks(text, tokenizer, num_proc):
-            source, target = _admit(source, target, limit, tokenizer.eos_token_id, counts)
+            source, target = _admit(source, target, limit, counts)
             num_kept += len(source.lengths)
             writer.write_batch(_record_batch(source, target))
     if not num_kept:
@@ -244,39 +237,22 @@ def _encoded_chunks(text: ParallelText, tokenizer: MarianTokenizer, num_proc: in
         yield encode_source(text.source[pairs], num_proc), encode_target(text.target[pairs], num_proc)
 
 
-def _admit(
-    source: Ragged, target: Ragged, limit: LengthLimit, eos: int, counts: dict[str, int]
-) -> tuple[Ragged, Ragged]:
+def _admit(source: Ragged, target: Ragged, limit: LengthLimit, counts: dict[str, int]) -> tuple[Ragged, Ragged]:
     """Apply the rules about lengths to a chunk, and add what they did to `counts`."""
     lengths = np.maximum(source.lengths, target.lengths)
     is_empty = (source.lengths <= 1) | (target.lengths <= 1)  # nothing but eos
     is_long = ~is_empty & (lengths > (limit.max_length or np.inf))
-    is_dropped = is_long & (limit.too_long == "drop")
-    is_uneven = ~(is_empty | is_dropped) & limit.is_uneven(source.lengths, target.lengths)
-    keep = ~(is_empty | is_dropped | is_uneven)
-    counts["empty"] += int(is_empty.sum())
-    counts["too_long"] += int(is_dropped.sum())
-    counts["length_ratio"] += int(is_uneven.sum())
-    counts["truncated"] += int((is_long & keep).sum())
-    kept = [_select(side, keep) for side in (source, target)]
-    if limit.max_length is not None:
-        kept = [_truncate(side, limit.max_length, eos) for side in kept]
-    return kept[0], kept[1]
+    is_uneven = ~(is_empty | is_long) & limit.is_uneven(source.lengths, target.lengths)
+    for reason, is_dropped in zip(DROP_REASONS, (is_empty, is_long, is_uneven), strict=True):
+        counts[reason] += int(is_dropped.sum())
+    keep = ~(is_empty | is_long | is_uneven)
+    return _select(source, keep), _select(target, keep)
 
 
 def _select(rows: Ragged, keep: NDArray[np.bool_]) -> Ragged:
     if keep.all():
         return rows
     return Ragged(rows.values[np.repeat(keep, rows.lengths)], rows.lengths[keep])
-
-
-def _truncate(rows: Ragged, max_length: int, eos: int) -> Ragged:
-    """Cut rows to `max_length`; a cut row ends in eos like every other."""
-    starts = np.cumsum(rows.lengths) - rows.lengths
-    place = np.arange(len(rows.values)) - np.repeat(starts, rows.lengths)
-    values, row_lengths = rows.values[place < max_length], np.minimum(rows.lengths, max_length)
-    values[np.cumsum(row_lengths) - 1] = eos
-    return Ragged(values, row_lengths)
 
 
 def _record_batch(source: Ragged, target: Ragged) -> pa.RecordBatch:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.cli.errors import UserError
-from tasks.cli.options import check_least
+from tasks.benchmark.options import BenchmarkOptions
+from tasks.cli.options import option
 from tasks.text.parallel import OPENERS
 from tasks.translation.config import TranslationConfig, TranslationOptions, parse_config
 from tasks.translation.presets import text_of_preset
@@ -20,38 +20,25 @@ _PREFERRED, _FALLBACK = "multi30k-small", "generated"
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class TranslationBenchmark(BenchmarkOptions):
     """What is timed: the updates of a preset, on its text."""
 
-    preset: str = field(
-        default="",
-        metadata={
-            "help": f"of scripts/train_wmt.py; by default {_PREFERRED} where its training text is in the data folder, "
-            f"else {_FALLBACK}"
-        },
+    preset: str = option(
+        "",
+        f"of scripts/train_wmt.py; by default {_PREFERRED} where its training text is in the data folder, else "
+        f"{_FALLBACK}",
     )
-    data_dir: str | None = field(default=None, metadata={"help": "folder of the preset's text; by default $SEQBA_DATA"})
+    data_dir: str | None = option(None, "folder of the preset's text; by default $SEQBA_DATA")
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16, of all that is compared"})
-    ba_m: int = field(default=4, metadata={"help": "M of the rows about Batch Augmentation"})
-    updates: int = field(default=16, metadata={"help": "updates in one timing"})
-    pairs: int = field(
-        default=7, metadata={"help": "timed pairs, A B A B; half of them for decoding, none for waiting and memory"}
-    )
-    sentences: int = field(default=1_000, metadata={"help": "sentences that the decoding row translates"})
-    model: str | None = field(
-        default=None, metadata={"help": "model folder of the decoding row; by default one is trained here for a while"}
-    )
-    cache_dir: str = field(default="runs/cache", metadata={"help": "folder of vocabularies and preprocessed text"})
-    cpu: bool = field(default=False, metadata={"help": "measure on the processor even where an accelerator is at hand"})
+    pairs: int = option(7, "timed pairs, A B A B; half of them for decoding, none for waiting and memory")
+    sentences: int = option(1_000, "sentences that the decoding row translates")
+    model: str | None = option(None, "model folder of the decoding row; by default one is trained here for a while")
 
     def __post_init__(self) -> None:
-        check_least(self, {"ba_m": 2, "updates": 1, "pairs": 2, "sentences": 1})
-        if wrong := [row for row in self.rows if row not in ROWS]:
-            raise UserError(f"--rows must be of {', '.join(ROWS)}, got {', '.join(wrong)}")
+        self.check(ROWS, sentences=1)
 
     def __str__(self) -> str:
-        return f"options: {asdict(self)}\nupdates of: {self.training().as_json()}"
+        return f"{super().__str__()}\nupdates of: {self.training().as_json()}"
 
     def training(self, **changes: Any) -> TranslationOptions:
         """The run whose updates are timed: it never validates or saves, and logs as the preset does."""

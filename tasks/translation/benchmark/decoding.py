@@ -13,14 +13,14 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from tasks.benchmark.ratios import Ratio, compare
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.search import Decoding, max_new_tokens, translate
-from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.train import load_corpus, train
 
 _BATCH = 32
 _TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
 
 
-def decoding_ratio(config: BenchmarkConfig) -> tuple[Ratio, int, str]:
+def decoding_ratio(config: TranslationBenchmark) -> tuple[Ratio, int, str]:
     """Speed of `translate` over the plain loop, how many sentences each translated, and by which model."""
     accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def _in_file_order(
     return translations
 
 
-def _train(config: BenchmarkConfig, folder: str) -> Path:
+def _train(config: TranslationBenchmark, folder: str) -> Path:
     updates = _TRAINED_UPDATES
     rate = {"lr_decay": "inverse-sqrt", "warmup_updates": updates // 2}
     cadence = {"max_updates": updates, "eval_every": updates, "save_every": updates}

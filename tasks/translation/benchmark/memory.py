@@ -6,27 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from tasks.translation.benchmark.synthetic import Shape, update_of
-from tasks.translation.model import TranslationLoss
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An update whose memory is measured; `lean` is the loss that never holds all logits."""
-
-    num_copies: int
-    copies_per_pass: int
-    shape: Shape
-    lean: bool = True
-    mixed_precision: str = "no"
-    cpu: bool = False
+from tasks.translation.benchmark.synthetic import Plan, Shape, update_of
 
 
 def peak_bytes(plan: Plan, *, with_gaps: bool = False) -> int:
@@ -53,18 +38,6 @@ def peak_bytes(plan: Plan, *, with_gaps: bool = False) -> int:
     return int(done.stdout.split()[-1])
 
 
-class PlainLoss(TranslationLoss):
-    """The same loss on all logits at once, as torch's cross-entropy is used by everybody."""
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Summed nats; `batch` as `TranslationLoss` takes it."""
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        logits = self.model(**inputs).logits.float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", label_smoothing=self.label_smoothing
-        )
-
-
 def _measure(plan: Plan) -> int:
     before = 0
     if torch.cuda.is_available() and not plan.cpu:
@@ -72,15 +45,7 @@ def _measure(plan: Plan) -> int:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = _resident("VmRSS")
-    loss_class: type[nn.Module] = TranslationLoss if plan.lean else PlainLoss
-    update = update_of(
-        plan.shape,
-        num_copies=plan.num_copies,
-        copies_per_pass=plan.copies_per_pass,
-        loss_class=loss_class,
-        mixed_precision=plan.mixed_precision,
-        cpu=plan.cpu,
-    )
+    update = update_of(plan)
     for _ in range(2):
         update()
     if torch.cuda.is_available() and not plan.cpu:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from seqba.step import TrainStep
 from tasks.cli.machine import MachineOptions, start_accelerator
@@ -26,32 +26,45 @@ class Shape:
     num_layers: int = 3
 
 
-def update_of(
-    shape: Shape,
-    *,
-    num_copies: int,
-    copies_per_pass: int,
-    loss_class: Callable[[Any, float], nn.Module] = TranslationLoss,
-    copy_seed: int | None = None,
-    mixed_precision: str = "no",
-    cpu: bool = False,
-) -> Callable[[], float]:
+@dataclass(frozen=True)
+class Plan:
+    """An update; `lean` is the loss that never holds all logits."""
+
+    num_copies: int
+    copies_per_pass: int
+    shape: Shape
+    lean: bool = True
+    copy_seed: int | None = None
+    mixed_precision: str = "no"
+    cpu: bool = False
+
+
+class PlainLoss(TranslationLoss):
+    """The same loss on all logits at once, as torch's cross-entropy is used by everybody."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed nats; `batch` as `TranslationLoss` takes it."""
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        logits = self.model(**inputs).logits.float()
+        return F.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+
+def update_of(plan: Plan) -> Callable[[], float]:
     """A function that does one update of the training step, and returns its loss when the device has finished."""
-    accelerator = start_accelerator(MachineOptions(mixed_precision, cpu), seed=0)
+    accelerator = start_accelerator(MachineOptions(plan.mixed_precision, plan.cpu), seed=0)
+    shape = plan.shape
     model = build_model(
         vocab_size=shape.vocab_size,
         width=shape.width,
-        ffn_width=4 * shape.width,
         num_layers=shape.num_layers,
         num_heads=4,
-        dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
         pad_token_id=0,
         eos_token_id=1,
         max_length=shape.length,
     )
-    loss_model = loss_class(model, 0.1).train()
+    loss_model = (TranslationLoss if plan.lean else PlainLoss)(model, 0.1).train()
     optimizer = torch.optim.Adam(loss_model.parameters(), lr=1e-5, fused=True)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
     step = TrainStep(
@@ -60,9 +73,9 @@ def update_of(
         optimizer,
         loss_fn=summed_loss,
         count_fn=count_labels,
-        num_copies=num_copies,
-        copies_per_pass=copies_per_pass,
-        copy_seed=copy_seed,
+        num_copies=plan.num_copies,
+        copies_per_pass=plan.copies_per_pass,
+        copy_seed=plan.copy_seed,
     )
     batch = {name: x.to(accelerator.device) for name, x in _batch(shape).items()}
     return lambda: float(step([batch], update=1).loss)

@@ -6,56 +6,57 @@ M, and `memory` compares the peaks of processes that run one plan each.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from tasks.benchmark.ratios import Ratio, Row, compare
+from tasks.benchmark.ratios import Ratio, Row, compare, compare_seconds
 from tasks.text.encoding import LineEncoder
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
-from tasks.translation.benchmark.config import BenchmarkConfig
+from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.benchmark.decoding import decoding_ratio
-from tasks.translation.benchmark.memory import Plan, peak_bytes
-from tasks.translation.benchmark.synthetic import Shape, update_of
-from tasks.translation.benchmark.trainer import TrainerUpdates
+from tasks.translation.benchmark.memory import peak_bytes
+from tasks.translation.benchmark.synthetic import Plan, Shape, update_of
+from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
 from tasks.translation.data import encode_pairs
 from tasks.translation.train import read_corpus
 
 
-def trainer(config: BenchmarkConfig) -> list[Row]:
+def trainer(config: TranslationBenchmark) -> list[Row]:
     """Target tokens a second of the training script over `Seq2SeqTrainer`, both with M = 1."""
-    own, theirs = OwnUpdates(config.training()), TrainerUpdates(config.training())
+    own, theirs = OwnUpdates(config.training()), Seq2SeqTrainerUpdates(config.training())
     theirs.tune()
     own.advance(2)
-    ratios, rates = [], []
-    for _ in range(config.pairs):
+
+    def seconds_a_token() -> float:
         start = time.perf_counter()
         tokens = own.advance(config.updates)
-        rate = tokens / (time.perf_counter() - start)
-        their_tokens, seconds = theirs.advance(config.updates)
-        rates.append((rate, their_tokens / seconds))
-        ratios.append(rate / rates[-1][1])
+        return (time.perf_counter() - start) / tokens
+
+    def their_seconds_a_token() -> float:
+        tokens, seconds = theirs.advance(config.updates)
+        return seconds / tokens
+
+    ratio = compare_seconds(their_seconds_a_token, seconds_a_token, pairs=config.pairs, warm_up=0)
     own.close()
-    theirs.close()
-    low, median, high = statistics.quantiles(ratios, n=4)
-    a, b = (statistics.median(side) for side in zip(*rates, strict=True))
     ours, padded = theirs.padded_tokens
     return [
         Row(
             "target tokens/s over Seq2SeqTrainer, M=1",
-            f"{median:.3f}",
+            f"{ratio.median:.3f}",
             "as far above 1 as possible, 1.1 on CPU, 1.5 on a GPU",
-            f"quartiles {low:.3f} to {high:.3f} of {config.pairs} pairs; medians {a:,.0f} over {b:,.0f} tokens/s; mean "
-            f"padded tokens an update {ours:,.0f} and {padded:,.0f} ({theirs.batch_size} samples, grouped by length, "
-            f"{theirs.num_workers} loader workers, the best of 0, 1 and 2)",
+            f"quartiles {ratio.low:.3f} to {ratio.high:.3f} of {config.pairs} pairs; medians "
+            f"{1 / ratio.seconds_b:,.0f} over {1 / ratio.seconds_a:,.0f} tokens/s; mean padded tokens an update "
+            f"{ours:,.0f} and {padded:,.0f} ({theirs.batch_size} samples, grouped by length, {theirs.num_workers} "
+            "loader workers, the best of 0, 1 and 2)",
         )
     ]
 
 
-def bare(config: BenchmarkConfig) -> list[Row]:
+def bare(config: TranslationBenchmark) -> list[Row]:
     """The training script against a bare loop on the same batches, prepared."""
     training = config.training()
     own = OwnUpdates(training)
@@ -65,7 +66,7 @@ def bare(config: BenchmarkConfig) -> list[Row]:
     return [Row("speed over a bare PyTorch loop on prepared tensors, M=1", f"{ratio.median:.3f}", "0.97", str(ratio))]
 
 
-def fused(config: BenchmarkConfig) -> list[Row]:
+def fused(config: TranslationBenchmark) -> list[Row]:
     """One fused update of M copies against M updates of one, on the same text and batches."""
     num_copies = config.ba_m
     many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=num_copies))
@@ -78,7 +79,7 @@ def fused(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.3f}", "at most 1.0", str(ratio))]
 
 
-def waiting(config: BenchmarkConfig) -> list[Row]:
+def waiting(config: TranslationBenchmark) -> list[Row]:
     """The share of an update in which the loop waits for its batches, in one run with M = 1 and one with M = 8."""
     shares = []
     for num_copies in (1, 8):
@@ -94,7 +95,7 @@ def waiting(config: BenchmarkConfig) -> list[Row]:
     return [Row("share of an update spent waiting for data", figure, "at most 2 %, no growth with M", detail)]
 
 
-def memory(config: BenchmarkConfig) -> list[Row]:
+def memory(config: TranslationBenchmark) -> list[Row]:
     """Peak memory of eight copies one after another over one, and of the lean loss over the plain one.
 
     Each plan runs in a process of its own, once without and once with the gaps in a processor's heap.
@@ -108,25 +109,16 @@ def memory(config: BenchmarkConfig) -> list[Row]:
         )
         return Row(name, f"{held[0] / held[1]:.3f}", wanted, detail)
 
-    shared = {"mixed_precision": config.mixed_precision, "cpu": config.cpu}
-    wide = Shape(vocab_size=32_000)
+    one = Plan(1, 1, Shape(), mixed_precision=config.mixed_precision, cpu=config.cpu)
+    lean = replace(one, num_copies=4, copies_per_pass=4, shape=Shape(vocab_size=32_000))
+    name = "peak memory of fused M=4, lean loss over the plain one, V=32 000"
     return [
-        ratio(
-            "peak memory of M=8 with one copy a pass over M=1",
-            "at most 1.1",
-            Plan(8, 1, Shape(), **shared),  # type: ignore[arg-type]
-            Plan(1, 1, Shape(), **shared),  # type: ignore[arg-type]
-        ),
-        ratio(
-            "peak memory of fused M=4, lean loss over the plain one, V=32 000",
-            "at most 0.6",
-            Plan(4, 4, wide, lean=True, **shared),  # type: ignore[arg-type]
-            Plan(4, 4, wide, lean=False, **shared),  # type: ignore[arg-type]
-        ),
+        ratio("peak memory of M=8 with one copy a pass over M=1", "at most 1.1", replace(one, num_copies=8), one),
+        ratio(name, "at most 0.6", lean, replace(lean, lean=False)),
     ]
 
 
-def preprocessing(config: BenchmarkConfig) -> list[Row]:
+def preprocessing(config: TranslationBenchmark) -> list[Row]:
     """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
     training = config.training().config
     text = read_corpus(training).train
@@ -147,7 +139,7 @@ def preprocessing(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.3f}", "at least 0.7", str(ratio))]
 
 
-def decoding(config: BenchmarkConfig) -> list[Row]:
+def decoding(config: TranslationBenchmark) -> list[Row]:
     """Beam-4 translation of many sentences against `generate` in file order, 32 at a time."""
     ratio, count, model = decoding_ratio(config)
     rate = count / ratio.seconds_b
@@ -156,21 +148,12 @@ def decoding(config: BenchmarkConfig) -> list[Row]:
     return [Row(name, f"{ratio.median:.2f}", "at least 1.5", detail)]
 
 
-def streams(config: BenchmarkConfig) -> list[Row]:
+def streams(config: TranslationBenchmark) -> list[Row]:
     """An update whose copies draw from streams of their own over one with torch's own dropout."""
 
     def ratio(copies_per_pass: int) -> Ratio:
-        def update(copy_seed: int | None) -> Callable[[], float]:
-            return update_of(
-                Shape(),
-                num_copies=config.ba_m,
-                copies_per_pass=copies_per_pass,
-                copy_seed=copy_seed,
-                mixed_precision=config.mixed_precision,
-                cpu=config.cpu,
-            )
-
-        return compare(update(0), update(None), pairs=config.pairs)
+        plan = Plan(config.ba_m, copies_per_pass, Shape(), mixed_precision=config.mixed_precision, cpu=config.cpu)
+        return compare(update_of(replace(plan, copy_seed=0)), update_of(plan), pairs=config.pairs)
 
     return [
         Row(f"update with --reproducible-copies over one without, M={config.ba_m}, {k} a pass", f"{r.median:.3f}",
@@ -180,13 +163,6 @@ def streams(config: BenchmarkConfig) -> list[Row]:
     ]  # fmt: skip
 
 
-MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
-    "trainer": trainer,
-    "bare": bare,
-    "fused": fused,
-    "waiting": waiting,
-    "memory": memory,
-    "preprocessing": preprocessing,
-    "decoding": decoding,
-    "streams": streams,
+MEASUREMENTS: dict[str, Callable[[TranslationBenchmark], list[Row]]] = {
+    row.__name__: row for row in (trainer, bare, fused, waiting, memory, preprocessing, decoding, streams)
 }

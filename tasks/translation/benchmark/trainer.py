@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from seqba.loss import count_targets
-from tasks.benchmark.step_timer import StepTimer
+from tasks.benchmark.trainer import time_updates
 from tasks.cli.machine import start_accelerator
 from tasks.translation.config import TranslationOptions
 from tasks.translation.data import TokenPairs
@@ -22,7 +21,7 @@ from tasks.translation.train import build, load_corpus, make_stream
 _WARM_UP = 2  # updates of every `train` call that are not timed
 
 
-class TrainerUpdates:
+class Seq2SeqTrainerUpdates:
     """Updates of `Seq2SeqTrainer` with length-grouped batches of B samples.
 
     B is the number for which the mean padded tokens of an update are nearest to those of the training script's
@@ -37,7 +36,6 @@ class TrainerUpdates:
         sides = np.array([[len(sample[name]) for name in TokenPairs.columns] for sample in _all(corpus.train)])
         self.batch_size, padded = _matching_batch_size(batches, sides, corpus.train_lengths.tolist())
         self.padded_tokens = (_padded(batches, sides), padded)
-        self._folder = tempfile.TemporaryDirectory()
         self._model = build(options.config, corpus, options.run.seed)
         self.num_workers = 0
 
@@ -52,47 +50,31 @@ class TrainerUpdates:
 
     def advance(self, count: int) -> tuple[int, float]:
         """Do `count` updates; returns their target tokens and seconds, without what `train` does before them."""
-        timer = StepTimer(_WARM_UP)
-        trainer = _Counting(
+        run = self._options.run
+        trainer, seconds = time_updates(
+            _Counting,
+            count,
+            self._options.machine,
+            warm_up=_WARM_UP,
+            settings={
+                "per_device_train_batch_size": self.batch_size,
+                "label_smoothing_factor": self._options.config.label_smoothing,
+                "adam_beta2": 0.98,
+                "adam_epsilon": 1e-9,
+                "train_sampling_strategy": "group_by_length",
+                "length_column_name": "length",
+                "dataloader_num_workers": self.num_workers,
+                "dataloader_persistent_workers": self.num_workers > 0,
+                "logging_steps": run.log_every,
+                "seed": run.seed,
+                "gradient_accumulation_steps": run.accumulation,
+            },
             model=self._model,
-            args=self._arguments(_WARM_UP + count),
             train_dataset=self._corpus.train.dataset,
             data_collator=DataCollatorForSeq2Seq(self._corpus.tokenizer, model=self._model),
             processing_class=self._corpus.tokenizer,
-            callbacks=[timer],
         )
-        trainer.train()
-        return trainer.targets, timer.seconds
-
-    def close(self) -> None:
-        """Remove the folder that the Trainer wanted."""
-        self._folder.cleanup()
-
-    def _arguments(self, max_steps: int) -> Seq2SeqTrainingArguments:
-        config, run, machine = self._options.config, self._options.run, self._options.machine
-        return Seq2SeqTrainingArguments(
-            output_dir=self._folder.name,
-            per_device_train_batch_size=self.batch_size,
-            max_steps=max_steps,
-            label_smoothing_factor=config.label_smoothing,
-            learning_rate=1e-5,
-            adam_beta1=0.9,
-            adam_beta2=0.98,
-            adam_epsilon=1e-9,
-            bf16=machine.mixed_precision == "bf16",
-            fp16=machine.mixed_precision == "fp16",
-            use_cpu=machine.cpu,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            dataloader_num_workers=self.num_workers,
-            dataloader_persistent_workers=self.num_workers > 0,
-            logging_steps=run.log_every,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=run.seed,
-            gradient_accumulation_steps=run.accumulation,
-        )
+        return trainer.targets, seconds
 
 
 class _Counting(Seq2SeqTrainer):

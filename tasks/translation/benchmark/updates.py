@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 
 import torch
@@ -47,16 +48,15 @@ class BareUpdates:
         self._batches = make_stream(options, self._accelerator, corpus).take(num_batches)
         for batch in self._batches:
             del batch[SAMPLE_IDS]
-        self._next = 0
+        self._turns = itertools.cycle(self._batches)
         model = build(options.config, corpus, options.run.seed).to(self._accelerator.device)
         self._model = TranslationLoss(model, options.config.label_smoothing).train()
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
     def advance(self, count: int) -> None:
         """Do `count` updates; the device has finished then."""
-        for _ in range(count):
-            self._update(self._batches[self._next % len(self._batches)])
-            self._next += 1
+        for batch in itertools.islice(self._turns, count):
+            self._update(batch)
         wait_for_device()
 
     def _update(self, batch: dict[str, Tensor]) -> None:

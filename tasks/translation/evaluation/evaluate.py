@@ -18,13 +18,12 @@ from tasks.cli.files import write_json, write_text
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.mc_dropout import has_dropout
 from tasks.decoding.search import count_truncated, describe_other_settings, translate
-from tasks.models.pretrained import use_languages
+from tasks.models.pretrained import load_translator, use_languages
 from tasks.scoring.bleu import one_line_each, paired_bootstrap, score_all
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.text.parallel import OPENERS, DataError, ParallelText, read_lines
 from tasks.translation.evaluation.config import EvaluationConfig
 from tasks.translation.evaluation.table import format_bootstrap, format_scores
-from tasks.translation.evaluation.translator import load_translator
 from tasks.translation.prepare import read_sources, unique_names
 
 RESULTS = "results.json"

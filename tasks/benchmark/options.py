@@ -1,0 +1,35 @@
+"""The options that every benchmark has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from tasks.cli.errors import UserError
+from tasks.cli.options import check_least, option
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured and how often; a task's own options stand before or behind."""
+
+    rows: list[str] = field(default_factory=list)
+    ba_m: int = option(4, "M of the rows about Batch Augmentation")
+    updates: int = option(16, "updates in one timing")
+    pairs: int = option(7, "timed pairs, A B A B")
+    mixed_precision: str = option("no", "no, bf16 or fp16, of all that is compared")
+    cache_dir: str = option("runs/cache", "folder of vocabularies and preprocessed text")
+    cpu: bool = option(False, "measure on the processor even where an accelerator is at hand")
+
+    def __str__(self) -> str:
+        return f"options: {asdict(self)}"
+
+    def check(self, known_rows: Sequence[str], **least: int) -> None:
+        """Refuse rows that are not known, and options below their least value.
+
+        Raises:
+            UserError: it names the option, what it may be and what it is.
+        """
+        check_least(self, {"ba_m": 2, "updates": 1, "pairs": 2, **least})
+        if wrong := [row for row in self.rows if row not in known_rows]:
+            raise UserError(f"--rows must be of {', '.join(known_rows)}, got {', '.join(wrong)}")
