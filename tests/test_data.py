@@ -1,14 +1,11 @@
 import json
 import os
-import pickle
 import random
 import shutil
 import unicodedata
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import sentencepiece
 import torch
@@ -20,7 +17,7 @@ from tasks.text.encoding import LineEncoder
 from tasks.text.parallel import DROP_REASONS, DataError, ParallelText, read_lines, read_parallel
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation import data as data_module
-from tasks.translation.data import IGNORE_INDEX, LengthLimit, TokenPairs, TranslationCollator, encode_pairs, lengths
+from tasks.translation.data import IGNORE_INDEX, LengthLimit, TranslationCollator, encode_pairs, lengths
 
 DATA = Path(os.environ.get("SEQBA_DATA", ""))
 needs_data = pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of corpora")
@@ -42,10 +39,6 @@ def odd_lines(count):
     draw = random.Random(3)
     chains = ["".join(draw.choices(FRAGMENTS, k=draw.randrange(2, 7))) for _ in range(count)]
     return ["", *FRAGMENTS, *chains]
-
-
-def rows(encoded):
-    return [row.tolist() for row in np.split(encoded.values, np.cumsum(encoded.lengths)[:-1])]
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +98,8 @@ def test_ids_are_those_of_the_tokenizer_on_odd_lines(request, which, is_target, 
     lines = odd_lines(400)
     wanted = chosen(text_target=lines) if is_target else chosen(lines)
     encode = LineEncoder(chosen, is_target=is_target)
-    assert rows(encode(lines)) == wanted["input_ids"]
-    assert rows(encode(TEXT.source)) == chosen(TEXT.source)["input_ids"]  # a chunk with nothing odd in it
+    assert encode(lines) == wanted["input_ids"]
+    assert encode(TEXT.source) == chosen(TEXT.source)["input_ids"]  # a chunk with nothing odd in it
 
 
 def test_columns_are_what_the_tokenizer_gives_for_source_and_target(encoded, tokenizer):
@@ -130,22 +123,12 @@ def test_chunks_and_threads_do_not_change_the_result(encoded, tokenizer, tmp_pat
     monkeypatch.setattr(data_module, "_CHUNK", chunk)
     dataset, _ = encode_pairs(TEXT, tokenizer, cache_dir=tmp_path, num_proc=num_proc)
     assert dataset[:] == encoded[0][:]
-    pairs, draw = TokenPairs(dataset), random.Random(1)
-    indices = [draw.randrange(len(TEXT)) for _ in range(300)]
-    assert [sample["labels"].tolist() for sample in pairs.__getitems__(indices)] == [
-        encoded[0][i]["labels"] for i in indices
-    ]
 
 
-def test_the_data_set_lives_in_a_file_and_samples_are_views_of_it(encoded):
+def test_the_data_set_lives_in_a_file(encoded):
     dataset, _ = encoded
     (file,) = dataset.cache_files
     assert Path(file["filename"]).is_file()
-    before = pa.total_allocated_bytes()
-    sample = TokenPairs(dataset)[5]
-    assert pa.total_allocated_bytes() == before
-    assert not sample["labels"].flags.owndata
-    assert not sample["labels"].flags.writeable
 
 
 def test_equal_text_tokenizer_and_limit_are_not_encoded_again(tokenizer, tmp_path, monkeypatch):
@@ -180,7 +163,7 @@ def test_an_interrupted_encoding_leaves_nothing(tokenizer, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "_record_batch", interrupt)
+        patch.setattr(LengthLimit, "broken_by", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode_pairs(TEXT, tokenizer, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -230,8 +213,9 @@ def test_uneven_pairs_are_dropped_by_the_rule_said_pair_by_pair(tokenizer, tmp_p
 
 
 def test_short_pairs_may_be_nine_times_apart():
-    lengths = [np.array(side) + 1 for side in ([1, 1, 2, 5, 5, 40], [9, 10, 11, 8, 8, 41])]  # with eos
-    assert LengthLimit(max_ratio=1.5).is_uneven(*lengths).tolist() == [False, True, True, False, False, False]
+    pairs = zip([1, 1, 2, 5, 5, 40], [9, 10, 11, 8, 8, 41], strict=True)
+    found = [LengthLimit(max_ratio=1.5).broken_by(source + 1, target + 1) for source, target in pairs]  # with eos
+    assert found == [None, "length_ratio", "length_ratio", None, None, None]
 
 
 def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, tmp_path):
@@ -263,29 +247,9 @@ def test_separate_vocabularies_are_refused(tokenizer, tmp_path):
         LineEncoder(separate, is_target=True)
 
 
-def test_samples_are_the_rows_of_the_data_set_also_after_a_selection_and_in_a_worker(encoded):
-    whole = encoded[0]
-    for dataset in (whole, whole.shuffle(seed=1).select(range(9, 2, -1)), whole.select(range(5, 50))):
-        pairs = TokenPairs(dataset)
-        assert len(pairs) == len(dataset)
-        for copy in (pairs, pickle.loads(pickle.dumps(pairs))):
-            for sample, row in zip(copy, dataset, strict=True):
-                assert {name: ids.tolist() for name, ids in sample.items()} == {
-                    name: row[name] for name in ("input_ids", "labels")
-                }
-
-
-def test_a_sample_that_does_not_exist_is_refused(encoded):
-    pairs = TokenPairs(encoded[0])
-    for indices in ([0, 100], [-1]):
-        with pytest.raises(IndexError, match=r"must lie in \[0, 100\)"):
-            pairs.__getitems__(indices)
-    assert pairs.__getitems__([]) == []
-
-
 def test_a_data_loader_takes_batches_of_any_size(encoded):
     batches = [[4, 2, 99], [0], [7, 7]]
-    loader = DataLoader(TokenPairs(encoded[0]), batch_sampler=batches, collate_fn=TranslationCollator(0, 0))
+    loader = DataLoader(encoded[0], batch_sampler=batches, collate_fn=TranslationCollator(0, 0))
     for indices, batch in zip(batches, loader, strict=True):
         for n, i in enumerate(indices):
             assert batch["labels"][n][batch["labels"][n] != IGNORE_INDEX].tolist() == encoded[0][i]["labels"]
@@ -294,7 +258,7 @@ def test_a_data_loader_takes_batches_of_any_size(encoded):
 def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, model):
     collate = TranslationCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id)
     reference = DataCollatorForSeq2Seq(tokenizer, model=model)
-    pairs = TokenPairs(encoded[0])
+    pairs = encoded[0]
     for indices in ([0], [3, 41], list(range(0, 100, 7))):
         rows = encoded[0].select_columns(["input_ids", "labels"]).select(indices).to_list()
         wanted = reference(rows)
@@ -309,7 +273,7 @@ def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, mode
 @pytest.mark.parametrize("num_copies", [1, 3])
 def test_the_decoder_inputs_exist_and_every_tensor_is_repeated(encoded, model, num_copies):
     start = model.config.decoder_start_token_id
-    batch = TranslationCollator(model.config.pad_token_id, start)(TokenPairs(encoded[0]).__getitems__([1, 30]))
+    batch = TranslationCollator(model.config.pad_token_id, start)(encoded[0].__getitems__([1, 30]))
     repeated = repeat_batch(batch, num_copies)
     assert set(repeated) == {"input_ids", "attention_mask", "labels", "decoder_input_ids"}
     assert {len(x) for x in repeated.values()} == {2 * num_copies}
@@ -323,7 +287,7 @@ def test_ids_are_those_of_the_tokenizer_on_real_lines(tmp_path):
     text = read_parallel([DATA / "multi30k" / "val"], "en", "de")
     tokenizer = load_tokenizer(train_tokenizer(text, 2_000, tmp_path))
     lines = text.source[:300] + read_lines(DATA / "wmt_ende" / "newstest2009.de.xz")[:300]
-    assert rows(LineEncoder(tokenizer, is_target=True)(lines)) == tokenizer(text_target=lines)["input_ids"]
+    assert LineEncoder(tokenizer, is_target=True)(lines) == tokenizer(text_target=lines)["input_ids"]
 
 
 @needs_data

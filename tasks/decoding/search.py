@@ -224,9 +224,7 @@ def _is_joint_marian(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _encode_lines(tokenizer: MarianTokenizer, sources: Sequence[str]) -> list[list[int]]:
     """The tokenizer's own ids, by SentencePiece's batch encoder."""
-    encoded = LineEncoder(tokenizer, is_target=False)(list(sources))
-    values = iter(encoded.values.tolist())
-    return [list(itertools.islice(values, length)) for length in encoded.lengths.tolist()]
+    return LineEncoder(tokenizer, is_target=False)(sources)
 
 
 def max_new_tokens(model: PreTrainedModel, source_length: int) -> int:

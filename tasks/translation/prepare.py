@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import MarianTokenizer
 
 from tasks.cli.errors import DataError, writing
@@ -16,7 +17,7 @@ from tasks.text.generated.corpus import generate_corpus
 from tasks.text.hub import describe, is_dataset, read_dataset
 from tasks.text.parallel import ParallelText, clean, describe_dropped, fingerprint, read_parallel
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
-from tasks.translation.data import TokenPairs, TranslationCollator, encode_pairs, lengths
+from tasks.translation.data import TranslationCollator, encode_pairs, lengths
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ class Corpus:
 
     tokenizer: MarianTokenizer
     collate: TranslationCollator
-    train: TokenPairs
+    train: Dataset
     train_lengths: npt.NDArray[np.int32]
-    valid: TokenPairs
+    valid: Dataset
     valid_lengths: npt.NDArray[np.int32]
     tests: dict[str, ParallelText]
     description: str
@@ -112,7 +113,7 @@ def prepare(
 
             def encoded(
                 name: str, text: ParallelText, max_ratio: float | None = None
-            ) -> tuple[TokenPairs, npt.NDArray[np.int32]]:
+            ) -> tuple[Dataset, npt.NDArray[np.int32]]:
                 limits = f"--max-length {max_length}" + (f", --max-length-ratio {max_ratio}" if max_ratio else "")
                 with _about(f"{name} text", remedy=f"raise {limits} (in pieces)"):
                     dataset, dropped = encode_pairs(
@@ -126,7 +127,7 @@ def prepare(
                 if any(dropped.values()):
                     counts = describe_dropped(dropped)
                     logger.info(f"{name} text: {counts} ({limits}, in pieces); {len(dataset):,} pairs are left")
-                return TokenPairs(dataset), lengths(dataset)
+                return dataset, lengths(dataset)
 
             train, train_lengths = encoded("training", texts.train, max_length_ratio)
             valid, valid_lengths = encoded("validation", texts.valid)

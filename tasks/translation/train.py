@@ -26,6 +26,7 @@ from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
 from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig, TranslationOptions, may_differ, run_folder
+from tasks.translation.data import lengths
 from tasks.translation.model import TranslationLoss, count_labels, count_parameters, summed_loss
 from tasks.translation.prepare import Corpus, Texts, generate_texts, prepare, read_texts
 from tasks.translation.result import write_result
@@ -221,7 +222,7 @@ def _describe(
         f"{accelerator.num_processes} process(es), {torch.get_num_threads()} threads on {accelerator.device}"
     )
     updates = len(stream.sampler) / options.run.accumulation  # of an epoch; a rank's batches, several at a time
-    source, target = (total / updates for total in corpus.train.num_tokens)
+    source, target = (lengths(corpus.train, side).sum() / updates for side in ("input_ids", "labels"))
     logger.info(
         f"an update has {len(corpus.train) / updates:,.0f} pairs of {source:,.0f} source and {target:,.0f} target "
         f"tokens (mean over all ranks, no padding), each {num_copies} times; {updates:,.0f} updates an epoch"

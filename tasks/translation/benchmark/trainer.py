@@ -15,7 +15,7 @@ from seqba.loss import count_targets
 from tasks.benchmark.trainer import time_updates
 from tasks.cli.machine import start_accelerator
 from tasks.translation.config import TranslationOptions
-from tasks.translation.data import TokenPairs
+from tasks.translation.data import lengths
 from tasks.translation.train import build, load_corpus, make_stream
 
 _WARM_UP = 2  # updates of every `train` call that are not timed
@@ -33,7 +33,7 @@ class Seq2SeqTrainerUpdates:
         corpus = load_corpus(options.config, accelerator)
         self._options, self._corpus = options, corpus
         batches = list(make_stream(options, accelerator, corpus).sampler)
-        sides = np.array([[len(sample[name]) for name in TokenPairs.columns] for sample in _all(corpus.train)])
+        sides = np.stack([lengths(corpus.train, side) for side in ("input_ids", "labels")], axis=1)
         self.batch_size, padded = _matching_batch_size(batches, sides, corpus.train_lengths.tolist())
         self.padded_tokens = (_padded(batches, sides), padded)
         self._model = build(options.config, corpus, options.run.seed)
@@ -70,7 +70,7 @@ class Seq2SeqTrainerUpdates:
                 "gradient_accumulation_steps": run.accumulation,
             },
             model=self._model,
-            train_dataset=self._corpus.train.dataset,
+            train_dataset=self._corpus.train,
             data_collator=DataCollatorForSeq2Seq(self._corpus.tokenizer, model=self._model),
             processing_class=self._corpus.tokenizer,
         )
@@ -86,10 +86,6 @@ class _Counting(Seq2SeqTrainer):
         if self.state.global_step >= _WARM_UP:
             self.targets += int(count_targets(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-def _all(pairs: TokenPairs) -> list[dict[str, Any]]:
-    return pairs.__getitems__(range(len(pairs)))
 
 
 def _padded(batches: Sequence[Sequence[int]], sides: np.ndarray) -> float:
