@@ -552,8 +552,8 @@ def test_a_translation_begins_with_the_language_that_was_asked_for(multilingual,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ba_m 0", "ba_m must be a whole number of at least 1, got 0"),
-        ("--ba_m 2 --copies_per_pass 3", "copies_per_pass"),
+        ("--ba_m 0", "--ba-m must be a whole number of at least 1, got 0"),
+        ("--ba_m 2 --copies_per_pass 3", "--copies-per-pass must be auto or from 1 to --ba-m 2, got 3"),
         ("--task translation", "--task must be one of seq2seq, causal, classification, got translation"),
         ("--max_length 1", "--max_length must be at least 2, got 1"),
         ("--valid_share 1", "--valid_share must be above 0 and below 1, got 1.0"),
