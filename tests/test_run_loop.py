@@ -58,9 +58,10 @@ def run(folder, *, figures=IMAGES, kill_at=None, save_every=3, **changes):
             {"valid_loss": 3.0 - update, "accuracy": figure} if its.must_validate else None, lr=0.1, window=70 + update
         )
         its.save_if_due()
+    last = {name: x.clone() for name, x in model.state_dict().items()}
     its.load_best()
     its.finish({"top1_accuracy": 0.7})
-    return its, averages, averaged(optimizer), {name: x.clone() for name, x in model.state_dict().items()}
+    return its, averages, averaged(optimizer), last
 
 
 @pytest.mark.trap(59)
@@ -92,12 +93,13 @@ def test_rows_results_and_curve_speak_the_tasks_words_and_hold_its_columns(tmp_p
 
 @pytest.mark.trap(24)
 def test_a_killed_run_goes_on_with_its_hidden_states_bitwise(tmp_path):
-    _, _, want_average, want = run(tmp_path / "straight")
+    _, want_averages, _, want = run(tmp_path / "straight")
     with pytest.raises(Killed):
         run(tmp_path / "killed", kill_at=6, save_every=1)
-    _, _, average, got = run(tmp_path / "killed", save_every=1, resume=True)
+    _, averages, _, got = run(tmp_path / "killed", save_every=1, resume=True)
+    assert list(averages) == [6]  # what was done again
     assert all(torch.equal(want[name], got[name]) for name in want)
-    assert all(torch.equal(want_average[i], average[i]) for i in average)
+    assert all(torch.equal(want_averages[6][i], averages[6][i]) for i in averages[6])
 
 
 def test_a_figure_of_a_validation_that_is_not_finite_stops_the_run_by_its_name(tmp_path, monkeypatch):
