@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from distributed import run_ranks
 from seqba import CarriedState, TrainStep
 from tasks.run.log import read_metrics
 from tasks.run.loop import Run
@@ -106,3 +107,38 @@ def test_a_figure_of_a_validation_that_is_not_finite_stops_the_run_by_its_name(t
     monkeypatch.setitem(ACCURACIES, 4, float("nan"))
     with pytest.raises(Exception, match="the validation's accuracy after update 4 is nan"):
         run(tmp_path / "run")
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from distributed import report
+from seqba import CarriedState, copies_of_pass
+from tasks.run.checkpoints import Saver
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+
+def saver(carried):
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(model.parameters())
+    return Saver(accelerator, Path(sys.argv[1]), 2, model=model, optimizer=optimizer, parts={}, carried={"hidden": carried})
+
+state = CarriedState(lambda rows: torch.zeros(rows), dim=0)
+with copies_of_pass((rank,)):
+    state.keep(torch.full((5,), 10.0 + rank))
+saver(state).save(1, pinned=())
+again = CarriedState(lambda rows: torch.zeros(rows), dim=0)
+saver(again).resume()
+report({"num_processes": accelerator.num_processes, "state": {k: x.tolist() for k, x in again.state_dict().items()}})
+"""
+
+
+@pytest.mark.trap(24)
+@pytest.mark.trap(43)
+def test_every_rank_finds_its_own_hidden_states_again(tmp_path):
+    ranks = run_ranks(RANKS, 2, args=[str(tmp_path)])
+    assert [rank["num_processes"] for rank in ranks] == [2, 2]
+    assert [rank["state"] for rank in ranks] == [{"0.0.0": [10.0] * 5}, {"0.1.0": [11.0] * 5}]
