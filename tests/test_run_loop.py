@@ -124,7 +124,8 @@ rank = accelerator.process_index
 def saver(carried):
     model = torch.nn.Linear(2, 3)
     optimizer = torch.optim.SGD(model.parameters())
-    return Saver(accelerator, Path(sys.argv[1]), 2, model=model, optimizer=optimizer, parts={}, carried={"hidden": carried})
+    parts = {"parts": {}, "carried": {"hidden": carried}}
+    return Saver(accelerator, Path(sys.argv[1]), 2, model=model, optimizer=optimizer, **parts)
 
 state = CarriedState(lambda rows: torch.zeros(rows), dim=0)
 with copies_of_pass((rank,)):
