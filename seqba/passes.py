@@ -17,10 +17,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from seqba.context import copies_of_pass
-from seqba.draws.generators import rng_state, set_rng_state
 from seqba.draws.streams import copy_streams
 from seqba.groups import CopyGroup
 from seqba.repeat import count_samples, largest_tensor
+from seqba.snapshot import model_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +220,13 @@ class PassLoop:
         return fitted
 
     def _snapshot(self, model: nn.Module) -> Callable[[], None]:
-        state, others = PassState.of(model), [snapshot() for snapshot in self.carried]
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        restores = [model_snapshot(model), *(snapshot() for snapshot in self.carried)]
 
         def undo() -> None:
-            state.restore(model)
-            for restore in others:
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            for restore in restores:
                 restore()
 
         return undo
@@ -269,39 +271,6 @@ class PassLoop:
 def _is_larger(batch: Any, sizes: Sequence[tuple[int, int]]) -> bool:
     size = largest_tensor(batch)
     return not any(size[0] <= numbers and size[1] <= side for numbers, side in sizes)
-
-
-@dataclass(frozen=True)
-class PassState:
-    """What passes change before the optimizer moves: gradients, buffers, generators."""
-
-    gradients: list[Tensor | None]
-    buffers: list[Tensor]
-    generators: dict[str, Any]
-    syncs_buffers: bool | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "PassState":
-        """The state now, copied."""
-        return cls(
-            [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            [b.clone() for b in model.buffers()],
-            rng_state(),
-            getattr(model, "require_forward_param_sync", None),
-        )
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Set `model` and the generators back to it."""
-        for parameter, gradient in zip(model.parameters(), self.gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
-        for buffer, value in zip(model.buffers(), self.buffers, strict=True):
-            buffer.copy_(value)
-        set_rng_state(self.generators)
-        if self.syncs_buffers is not None:
-            # DDP broadcasts buffers in the first forward pass of an update: a rank that failed in it must
-            # do so again together with those that did not
-            model.require_forward_param_sync = self.syncs_buffers  # type: ignore[assignment]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,11 +120,10 @@ class _SortedBatches(Sampler[list[int]]):
             yield samples[self._cuts[index] : self._cuts[index + 1]].tolist()
 
     def set_epoch(self, epoch: int, first_batch: int | None = None) -> None:
-        """Let the next iteration read `epoch`, from this shard's batch `first_batch` on.
+        """Let the next iteration read `epoch`, from this shard's batch `first_batch` on, by default its first.
 
-        Without `first_batch` an epoch starts at its first batch; but a position that was loaded or named, and that
-        nothing has read from yet, is kept, and asking for another epoch then raises, since that would silently drop
-        it (as a loader prepared by accelerate does, which counts its own epochs from 0).
+        A position that was loaded or named, and that nothing has read from yet, is kept where no `first_batch` is
+        named; another epoch would silently drop it, and raises (accelerate's loaders count their own epochs from 0).
         """
         if first_batch is not None:
             self._set_position(epoch, first_batch)
@@ -138,11 +137,11 @@ class _SortedBatches(Sampler[list[int]]):
             )
 
     def state_dict(self, batches_done: int) -> dict[str, Any]:
-        """Return the position after this shard's first `batches_done` batches of the current epoch, as JSON values.
+        """The position after this shard's first `batches_done` batches of the current epoch, as JSON values.
 
-        The consumer counts from the start of the epoch, batches before a resume included: what the loader has read
-        ahead does not matter. After the last batch the position is the next epoch's start. Only whole updates can be
-        resumed, so it is a multiple of `batches_per_update`. The same on every shard.
+        The consumer counts from the start of the epoch, batches before a resume included. After the last batch the
+        position is the next epoch's start. Only whole updates can be resumed, so `batches_done` is a multiple of
+        `batches_per_update`. The same on every shard.
         """
         self._check_batch("batches_done", batches_done, len(self))
         epochs, batches = divmod(batches_done, len(self))
@@ -166,9 +165,8 @@ class _SortedBatches(Sampler[list[int]]):
         if differ:
             pairs = [f"{name}: {made_with.get(name)} then, {self._fingerprint.get(name)} now" for name in differ]
             raise ValueError(
-                "the position was taken with other data or options, so its batches would not be the same ("
-                + "; ".join(pairs)
-                + "): resume with those, or start a new run"
+                "the position was taken with other data or options, so its batches would not be the same "
+                f"({'; '.join(pairs)}): resume with those, or start a new run"
             )
         self._set_position(epoch, updates * self._batches_per_update)
 
@@ -192,13 +190,13 @@ class _SortedBatches(Sampler[list[int]]):
             )
 
     def _random_bits(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
-        """Return the order of the epoch's batches, and 64 random bits a sample that order equal keys."""
+        """The order of the epoch's batches, and 64 random bits a sample that order equal keys."""
         bits = np.random.PCG64([self._seed, self.epoch])  # sorted raw bits: Generator.permutation may change with numpy
         batch_order = np.argsort(np.asarray(bits.random_raw(self._num_batches)), kind="stable")
         return batch_order, np.asarray(bits.random_raw(len(self._keys)))
 
     def _positions(self) -> npt.NDArray[np.intp]:
-        """Return where in the epoch's order this shard's batches stand: (updates, batches_per_update), flattened."""
+        """Where in the epoch's order this shard's batches stand: (updates, batches_per_update), flattened."""
         per_update = self._batches_per_update
         updates = np.arange(len(self) // per_update)[:, None] * (self._num_shards * per_update)
         positions = updates + self._shard * per_update + np.arange(per_update)
@@ -209,11 +207,9 @@ class TokenBatchSampler(_SortedBatches):
     """Yield lists of sample indices such that (longest length in the batch) * (samples in the batch) <= `max_tokens`.
 
     Samples are sorted by length, longest first, equal lengths in a new random order every epoch, and cut greedily: a
-    batch that starts with length L holds `max_tokens // L` samples. The order of the batches is then shuffled. Cuts
-    depend on the lengths alone, so every epoch has the same number of batches; which samples of one length meet in a
-    batch changes. With equal lengths this is a plain shuffle into batches of `max_tokens // L`.
-
-    Order, ranks and resuming are as in `BatchSampler`; an epoch leaves out no sample.
+    batch that starts with length L holds `max_tokens // L` samples. The order of the batches is then shuffled. Every
+    epoch has the same number of batches and leaves out no sample; which samples of one length meet in a batch changes.
+    Order, ranks and resuming are as in `BatchSampler`.
 
     Args:
         lengths: tokens of sample n as padded, max(source, target) for a pair; integers, at least 1.
@@ -223,15 +219,9 @@ class TokenBatchSampler(_SortedBatches):
         shard: which of them this is, 0 <= shard < num_shards.
         batches_per_update: batches that a shard reads in an update (accumulation); at least 1.
         max_samples: the most samples in a batch, however short; None is no limit.
-        over_budget: what to do with a sample longer than `max_tokens`: "refuse" raises and names it, "truncate" counts
-            it as `max_tokens` long, and in `truncated` (the data set has to cut it).
-
-    Attributes:
-        epoch, first_batch: as in `BatchSampler`.
-        truncated: samples counted as cut.
 
     Raises:
-        ValueError: an argument outside its range, a length below 1, a sample over the budget when refused.
+        ValueError: an argument outside its range, a length below 1 or over `max_tokens` (the sample is named).
 
     >>> sampler = TokenBatchSampler([3, 9, 4, 2, 9, 3], max_tokens=18)
     >>> sorted(sorted(batch) for batch in sampler)
@@ -252,23 +242,14 @@ class TokenBatchSampler(_SortedBatches):
         shard: int = 0,
         batches_per_update: int = 1,
         max_samples: int | None = None,
-        over_budget: Literal["refuse", "truncate"] = "refuse",
     ) -> None:
         max_tokens = _integer("max_tokens", max_tokens, minimum=1)
         max_samples = None if max_samples is None else _integer("max_samples", max_samples, minimum=1)
-        if over_budget not in ("refuse", "truncate"):
-            raise ValueError(f"over_budget must be 'refuse' or 'truncate', got {over_budget!r}")
-
-        checked = _check_lengths(lengths)
-        over = checked > max_tokens
-        self.truncated = int(over.sum())
-        if self.truncated and over_budget == "refuse":
-            raise ValueError(_over_budget_text(checked, over, max_tokens))
-        counted = np.minimum(checked, max_tokens)
-        longest = int(counted.max())
+        checked = _check_lengths(lengths, max_tokens)
+        longest = int(checked.max())
         # 0 for the longest; numpy sorts 16-bit integers by radix, in half the time
-        shortness = (longest - counted).astype(np.uint16 if longest <= 1 << 16 else np.int64)
-        cuts = _cut(np.sort(counted)[::-1], max_tokens, max_samples)
+        shortness = (longest - checked).astype(np.uint16 if longest <= 1 << 16 else np.int64)
+        cuts = _cut(np.sort(checked)[::-1], max_tokens, max_samples or len(checked))
         digest = hashlib.blake2b(checked.tobytes(), digest_size=8).hexdigest()
         options: _Options = {"lengths": digest, "max_tokens": max_tokens, "max_samples": max_samples}
         super().__init__(shortness, cuts, options, seed, num_shards, shard, batches_per_update)
@@ -277,17 +258,13 @@ class TokenBatchSampler(_SortedBatches):
 class FixedBatchSampler(_SortedBatches):
     """Yield lists of exactly `batch_size` sample indices: an epoch is a new permutation of all samples, cut in batches.
 
-    The `num_samples % batch_size` samples that fill no batch are left out of the epoch, others in each, and counted in
-    `left_out`. Order, ranks and resuming are as in `BatchSampler`.
+    The `num_samples % batch_size` samples that fill no batch are left out of the epoch, others in each; `left_out` is
+    their number. Order, ranks and resuming are as in `BatchSampler`.
 
     Args:
         num_samples: samples of the data set, at least `batch_size`.
         batch_size: B, samples of a batch, before it is repeated M times; at least 1.
         seed, num_shards, shard, batches_per_update: as in `TokenBatchSampler`.
-
-    Attributes:
-        epoch, first_batch: as in `BatchSampler`.
-        left_out: samples that an epoch leaves out.
 
     Raises:
         ValueError: an argument outside its range.
@@ -328,7 +305,7 @@ def _integer(name: str, value: int, *, minimum: int) -> int:
     return integer
 
 
-def _check_lengths(lengths: Sequence[int] | Integers | Tensor) -> npt.NDArray[np.int64]:
+def _check_lengths(lengths: Sequence[int] | Integers | Tensor, max_tokens: int) -> npt.NDArray[np.int64]:
     array = np.asarray(lengths)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
         raise ValueError(
@@ -341,22 +318,20 @@ def _check_lengths(lengths: Sequence[int] | Integers | Tensor) -> npt.NDArray[np
             f"sample {index} has length {array[index]}; {int((array < 1).sum())} samples have a length below 1: "
             "drop empty samples, or count the end-of-sequence token"
         )
+    over = array > max_tokens
+    if over.any():
+        index = int(np.argmax(over))
+        raise ValueError(
+            f"sample {index} has length {array[index]}, over max_tokens={max_tokens}; {int(over.sum())} of "
+            f"{len(array)} samples are over it, the longest {array.max()}: raise max_tokens to {array.max()}, drop "
+            "those samples, or cut them in the data set"
+        )
     return array.astype(np.int64)
 
 
-def _over_budget_text(lengths: npt.NDArray[np.int64], over: npt.NDArray[np.bool_], max_tokens: int) -> str:
-    index = int(np.argmax(over))
-    return (
-        f"sample {index} has length {lengths[index]}, over max_tokens={max_tokens}; {int(over.sum())} of "
-        f"{len(lengths)} samples are over it, the longest {lengths.max()}: raise max_tokens to {lengths.max()}, "
-        "drop those samples, or cut them in the data set and pass over_budget='truncate'"
-    )
-
-
-def _cut(longest_first: npt.NDArray[np.int64], max_tokens: int, max_samples: int | None) -> npt.NDArray[np.intp]:
-    """Return the borders of the batches in the sorted order: batch i is samples[cuts[i]:cuts[i + 1]]."""
-    most = len(longest_first) if max_samples is None else max_samples
+def _cut(longest_first: npt.NDArray[np.int64], max_tokens: int, max_samples: int) -> npt.NDArray[np.intp]:
+    """The borders of the batches in the sorted order: batch i is samples[cuts[i]:cuts[i + 1]]."""
     cuts = [0]
     while cuts[-1] < len(longest_first):
-        cuts.append(min(cuts[-1] + min(max_tokens // int(longest_first[cuts[-1]]), most), len(longest_first)))
+        cuts.append(min(cuts[-1] + min(max_tokens // int(longest_first[cuts[-1]]), max_samples), len(longest_first)))
     return np.array(cuts)

@@ -403,7 +403,6 @@ def test_what_is_no_state_is_refused(lengths, state):
         ({"shard": -1}, "shard must be an integer of at least 0, got -1"),
         ({"batches_per_update": 0}, "batches_per_update must be .* at least 1, got 0"),
         ({"max_samples": 0}, "max_samples must be .* at least 1, got 0"),
-        ({"over_budget": "drop"}, "over_budget must be 'refuse' or 'truncate', got 'drop'"),
         ({"lengths": []}, r"at least one sample, got shape \(0,\)"),
         ({"lengths": [2.0, 3.0]}, "lengths must be integers, .* float64"),
         ({"lengths": [[2, 3]]}, r"got shape \(1, 2\)"),
@@ -417,13 +416,6 @@ def test_what_is_no_state_is_refused(lengths, state):
 def test_bad_arguments_are_refused_with_the_limit_and_the_fix(options, text):
     with pytest.raises(ValueError, match=text):
         TokenBatchSampler(**({"lengths": [3, 4], "max_tokens": 8} | options))
-
-
-def test_truncated_samples_are_counted_and_fill_a_batch():
-    sampler = TokenBatchSampler([2, 9, 10, 8, 4, 4], 8, over_budget="truncate")
-    assert sampler.truncated == 2
-    assert sorted(map(sorted, sampler)) == [[0], [1], [2], [3], [4, 5]]
-    assert TokenBatchSampler([2, 8], 8, over_budget="truncate").truncated == 0
 
 
 def test_positions_outside_the_epoch_or_inside_an_update_are_refused():

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from seqba.passes import PassState
+from seqba.passes import PassLoop
 from seqba.trainer import (
     BatchAugmentationSeq2SeqTrainer,
     BatchAugmentationTrainer,
@@ -246,13 +246,13 @@ def test_a_batch_that_does_not_fit_beside_gradients_halves_too_and_is_then_known
     options = {"ba_m": 4, "reproducible_copies": True}
     settings = {"gradient_accumulation_steps": 5, "num_train_epochs": 2}
     want = trainer_gradients(tmp_path, SmallMemory(network, 99), data, settings=settings, copies_per_pass=4, **options)
-    copied, of = [], PassState.__dict__["of"].__func__
+    copied, snapshot = [], PassLoop._snapshot
 
-    def spy(cls, model):
+    def spy(loop, model):
         copied.append(any(parameter.grad is not None for parameter in model.parameters()))
-        return of(cls, model)
+        return snapshot(loop, model)
 
-    monkeypatch.setattr(PassState, "of", classmethod(spy))
+    monkeypatch.setattr(PassLoop, "_snapshot", spy)
     got = trainer_gradients(tmp_path, FullBesideGradients(network, 6), data, settings=settings, **options)
     for update in (0, 1):
         assert_close(got[update], want[update])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqba.draws.generators import rng_state, set_rng_state
+from seqba.snapshot import model_snapshot
 
 
 class OwnGenerators:
@@ -35,15 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[OwnGenerators]:
     A model in training mode keeps its submodules' modes (a frozen one stays in eval mode); one in eval mode is told
     `model.train()`, as a training loop does. Compiled models run their own Python code.
     """
-    own = OwnGenerators()
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    generators = rng_state()
+    own, restore = OwnGenerators(), model_snapshot(model)
     if not model.training:
         model.train()
     try:
@@ -56,14 +48,7 @@ def undisturbed(model: nn.Module) -> Iterator[OwnGenerators]:
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             yield own
     finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        set_rng_state(generators)
+        restore()
         own.restore()
 
 

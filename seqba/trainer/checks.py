@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from seqba.audit import audit_masks, check_copies_differ
-from seqba.audit.state import is_compiled
-from seqba.draws.generators import set_rng_state
+from seqba.audit.state import is_compiled, undisturbed
+from seqba.draws.generators import rng_state, set_rng_state
 from seqba.errors import UnsupportedError
-from seqba.passes import CopyPlan, PassState
+from seqba.passes import CopyPlan
 from seqba.trainer.batch import is_packed, take_copies, without_packing
 from seqba.trainer.loss import Divisor, LossForm, Rows, measure_loss
 
@@ -70,13 +70,12 @@ def refuse_missing_decoder_inputs(trainer: Trainer, inputs: Any) -> None:
 
 def measured(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any, *, may_repeat: bool) -> LossForm | None:
     """The form of the trainer's loss on this batch (`measure_loss`); model and generators are left as they were."""
-    start = PassState.of(model)
-    modes = [(module, module.training) for module in model.modules()]
+    start = rng_state()
 
     def loss_of(rows: Any, num_items: Any, *, other_draws: bool = False) -> Tensor:
         if not other_draws:
-            set_rng_state(start.generators)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+            set_rng_state(start)
+        with trainer.compute_loss_context_manager():
             loss: Tensor = trainer.compute_loss(model, take_copies(rows, 1), num_items_in_batch=num_items)
         return loss.detach().float()
 
@@ -84,20 +83,9 @@ def measured(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any, *,
         summed: Tensor = trainer.accelerator.reduce(x, "sum")
         return summed
 
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            return measure_loss(
-                loss_of,
-                inputs,
-                num_items,
-                may_repeat=may_repeat,
-                total=total,
-            )
-    finally:
-        for module, training in modes:
-            module.training = training
-        start.restore(model)
+    with undisturbed(model), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        return measure_loss(loss_of, inputs, num_items, may_repeat=may_repeat, total=total)
 
 
 def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> CopyPlan:

@@ -1,0 +1,37 @@
+"""What a pass changes of a model beside its gradients: remembered, and put back."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from seqba.draws.generators import rng_state, set_rng_state
+
+
+def model_snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remember modes, buffers (running statistics) and generators; the function returned puts them back each time."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    generators = rng_state()
+    syncs_buffers = getattr(model, "require_forward_param_sync", None)
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+        set_rng_state(generators)
+        if syncs_buffers is not None:
+            # DDP broadcasts buffers in the first forward pass of an update: a rank that failed in it must
+            # do so again together with those that did not
+            model.require_forward_param_sync = syncs_buffers
+
+    return restore
