@@ -1,12 +1,12 @@
 """The words of the built-in English-German corpus: every form that its grammar needs.
 
 Rows are read left to right, `-` is an empty field. English nouns and verbs list their irregular forms; German
-nouns list plural and gender, verbs list infinitive, ich, du, er/sie/es and past participle.
+nouns list their plural, verbs list infinitive, ich, du, er/sie/es and past participle.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Case = Literal["nom", "acc", "dat"]
 Gender = Literal["m", "f", "n", "pl"]  # German articles have one paradigm for all plurals
@@ -18,7 +18,7 @@ CASES: tuple[Case, ...] = get_args(Case)
 
 @dataclass(frozen=True)
 class Noun:
-    """A countable noun; `kind` says which verbs and adjectives suit it, `owned` whether "my ..." does."""
+    """A countable noun; `kind` says which verbs and adjectives suit it."""
 
     english: str
     english_plural: str
@@ -26,7 +26,7 @@ class Noun:
     german_plural: str
     gender: Gender
     kind: str
-    owned: bool
+    owned: str  # "my" where possessives suit it
 
     def german_form(self, case: Case, *, plural: bool) -> str:
         """The inflected noun; only the dative plural has an ending of its own."""
@@ -85,60 +85,53 @@ class Pair:
     german: str
 
 
-def _rows(table: str) -> Iterator[list[list[str]]]:
+def _pairs(text: str) -> list[Pair]:
+    """Pairs that are written `english = german`, with commas between them."""
+    return [Pair(*pair.split(" = ")) for pair in text.split(", ")]
+
+
+def _rows(table: str) -> Iterator[list[list[Any]]]:
     """Rows of `|`-separated groups of words, `-` read as empty."""
     for line in table.strip().splitlines():
         yield [["" if word == "-" else word for word in group.split()] for group in line.split("|")]
 
 
-def _noun(words: list[str], gender: Gender) -> Noun:
-    english, english_plural, german, german_plural, kind, owned = words
-    return Noun(english, english_plural, german, german_plural, gender, kind, owned == "my")
-
-
-_MASCULINE = """
-man        men         Mann       Männer      adult    -
-teacher    teachers    Lehrer     Lehrer      job      my
-doctor     doctors     Arzt       Ärzte       job      my
-friend     friends     Freund     Freunde     job      my
-brother    brothers    Bruder     Brüder      kin      my
-dog        dogs        Hund       Hunde       pet   my
-letter     letters     Brief      Briefe      text     my
-apple      apples      Apfel      Äpfel       food     -
-key        keys        Schlüssel  Schlüssel   object   my
-suitcase   suitcases   Koffer     Koffer      opening  my
-garden     gardens     Garten     Gärten      room     my
-station    stations    Bahnhof    Bahnhöfe    sight    -
+# English, German, gender, kind, whether "my" suits it
+_NOUNS = """
+man        men         Mann       Männer      m  adult    -
+teacher    teachers    Lehrer     Lehrer      m  job      my
+doctor     doctors     Arzt       Ärzte       m  job      my
+friend     friends     Freund     Freunde     m  job      my
+brother    brothers    Bruder     Brüder      m  kin      my
+dog        dogs        Hund       Hunde       m  pet      my
+letter     letters     Brief      Briefe      m  text     my
+apple      apples      Apfel      Äpfel       m  food     -
+key        keys        Schlüssel  Schlüssel   m  object   my
+suitcase   suitcases   Koffer     Koffer      m  opening  my
+garden     gardens     Garten     Gärten      m  room     my
+station    stations    Bahnhof    Bahnhöfe    m  sight    -
+woman      women       Frau       Frauen      f  adult    -
+sister     sisters     Schwester  Schwestern  f  kin      my
+aunt       aunts       Tante      Tanten      f  kin      my
+cat        cats        Katze      Katzen      f  pet      my
+newspaper  newspapers  Zeitung    Zeitungen   f  text     my
+tomato     tomatoes    Tomate     Tomaten     f  food     -
+bag        bags        Tasche     Taschen     f  object   my
+lamp       lamps       Lampe      Lampen      f  object   my
+door       doors       Tür        Türen       f  opening  my
+kitchen    kitchens    Küche      Küchen      f  room     my
+school     schools     Schule     Schulen     f  sight    my
+child      children    Kind       Kinder      n  child    my
+girl       girls       Mädchen    Mädchen     n  child    -
+book       books       Buch       Bücher      n  text     my
+egg        eggs        Ei         Eier        n  food     -
+car        cars        Auto       Autos       n  object   my
+bicycle    bicycles    Fahrrad    Fahrräder   n  object   my
+window     windows     Fenster    Fenster     n  opening  my
+office     offices     Büro       Büros       n  room     my
+house      houses      Haus       Häuser      n  sight    my
 """
-_FEMININE = """
-woman      women       Frau       Frauen      adult    -
-sister     sisters     Schwester  Schwestern  kin      my
-aunt       aunts       Tante      Tanten      kin      my
-cat        cats        Katze      Katzen      pet   my
-newspaper  newspapers  Zeitung    Zeitungen   text     my
-tomato     tomatoes    Tomate     Tomaten     food     -
-bag        bags        Tasche     Taschen     object   my
-lamp       lamps       Lampe      Lampen      object   my
-door       doors       Tür        Türen       opening  my
-kitchen    kitchens    Küche      Küchen      room     my
-school     schools     Schule     Schulen     sight    my
-"""
-_NEUTER = """
-child      children    Kind       Kinder      child    my
-girl       girls       Mädchen    Mädchen     child    -
-book       books       Buch       Bücher      text     my
-egg        eggs        Ei         Eier        food     -
-car        cars        Auto       Autos       object   my
-bicycle    bicycles    Fahrrad    Fahrräder   object   my
-window     windows     Fenster    Fenster     opening  my
-office     offices     Büro       Büros       room     my
-house      houses      Haus       Häuser      sight    my
-"""
-NOUNS = (
-    *(_noun(words, "m") for (words,) in _rows(_MASCULINE)),
-    *(_noun(words, "f") for (words,) in _rows(_FEMININE)),
-    *(_noun(words, "n") for (words,) in _rows(_NEUTER)),
-)
+NOUNS = tuple(Noun(*words) for (words,) in _rows(_NOUNS))
 
 _ADJECTIVES = """
 good   gut    | job child text food
@@ -149,34 +142,18 @@ small  klein  | child pet food object opening room sight
 big    groß   | pet food object opening room sight
 nice   nett   | adult job kin child
 """
-ADJECTIVES = tuple(Adjective(words[0], words[1], tuple(kinds)) for words, kinds in _rows(_ADJECTIVES))
+ADJECTIVES = tuple(Adjective(english, german, tuple(kinds)) for (english, german), kinds in _rows(_ADJECTIVES))
 
 THE = Determiner("the", "the", "d", "definite")
 A = Determiner("a", "", "ein", "ein")
 NO = Determiner("a", "", "kein", "ein")  # an indefinite object under negation: "does not buy a" -> "kauft kein"
 POSSESSIVES = tuple(
-    Determiner(english, english, german, "ein")
-    for english, german in (
-        ("my", "mein"),
-        ("your", "dein"),
-        ("his", "sein"),
-        ("her", "ihr"),
-        ("our", "unser"),
-        ("their", "ihr"),
-    )
+    Determiner(pair.english, pair.english, pair.german, "ein")
+    for pair in _pairs("my = mein, your = dein, his = sein, her = ihr, our = unser, their = ihr")
 )
-NUMBERS = tuple(
-    Determiner(english, english, german, "strong") for english, german in (("two", "zwei"), ("three", "drei"))
-)
+NUMBERS = (Determiner("two", "two", "zwei", "strong"), Determiner("three", "three", "drei", "strong"))
 
-NAMES: dict[str, Literal["he", "she"]] = {
-    "Anna": "she",
-    "Maria": "she",
-    "Laura": "she",
-    "Peter": "he",
-    "Paul": "he",
-    "Thomas": "he",
-}
+NAMES = {"Anna": "she", "Maria": "she", "Laura": "she", "Peter": "he", "Paul": "he", "Thomas": "he"}
 
 # subject, object, German nominative, accusative, dative; "you" is always the informal singular
 PRONOUNS: dict[str, tuple[str, str, str, str, str, Agreement]] = {
@@ -191,15 +168,14 @@ PRONOUNS: dict[str, tuple[str, str, str, str, str, Agreement]] = {
 IT_GERMAN: dict[Gender, str] = {"m": "er", "f": "sie", "n": "es", "pl": "sie"}
 
 
-def _verb(groups: list[list[str]]) -> Verb:
-    (base, third, past, participle, particle), german, (frame,), kinds, adjuncts = groups
-    prefix, infinitive, first, second, he, german_participle, auxiliary = german
-    forms: dict[Agreement, str] = {"1sg": first, "2sg": second, "3sg": he, "pl": infinitive}
-    return Verb(
-        *(base, third, past, participle, particle),
-        *(prefix, forms, german_participle, auxiliary),
-        *(frame, tuple(kinds), tuple(adjuncts)),
-    )
+def _forms(*forms: str) -> dict[Agreement, str]:
+    return dict(zip(get_args(Agreement), forms, strict=True))
+
+
+def _verb(groups: list[list[Any]]) -> Verb:
+    english, (prefix, infinitive, *present, participle, auxiliary), (frame,), kinds, adjuncts = groups
+    german = [prefix, _forms(*present, infinitive), participle, auxiliary]
+    return Verb(*[*english, *german, frame, tuple(kinds), tuple(adjuncts)])
 
 
 # English forms and particle | prefix, German forms, auxiliary | frame | kinds of object | adjuncts
@@ -238,54 +214,39 @@ SAY, KNOW, HOPE = (_verb(groups) for groups in _rows(_CLAUSE_VERBS))
 (BE,) = (_verb(groups) for groups in _rows("be is was been - | - sind bin bist ist gewesen sein | predicate | | place"))
 
 # finite forms that the tenses share: English (present: base and third person), German
-ENGLISH_BE: dict[str, dict[Agreement, str]] = {
-    "present": {"1sg": "am", "2sg": "are", "3sg": "is", "pl": "are"},
-    "past": {"1sg": "was", "2sg": "were", "3sg": "was", "pl": "were"},
+ENGLISH_BE = {"present": _forms("am", "are", "is", "are"), "past": _forms("was", "were", "was", "were")}
+GERMAN_AUXILIARIES = {
+    "haben": _forms("habe", "hast", "hat", "haben"),
+    "sein": _forms("bin", "bist", "ist", "sind"),
+    "war": _forms("war", "warst", "war", "waren"),
 }
-GERMAN_AUXILIARIES: dict[str, dict[Agreement, str]] = {
-    "haben": {"1sg": "habe", "2sg": "hast", "3sg": "hat", "pl": "haben"},
-    "sein": {"1sg": "bin", "2sg": "bist", "3sg": "ist", "pl": "sind"},
-    "war": {"1sg": "war", "2sg": "warst", "3sg": "war", "pl": "waren"},
-}
-MODALS: dict[str, dict[Agreement, str]] = {
-    "can": {"1sg": "kann", "2sg": "kannst", "3sg": "kann", "pl": "können"},
-    "must": {"1sg": "muss", "2sg": "musst", "3sg": "muss", "pl": "müssen"},
-    "should": {"1sg": "sollte", "2sg": "solltest", "3sg": "sollte", "pl": "sollten"},
-    "want": {"1sg": "will", "2sg": "willst", "3sg": "will", "pl": "wollen"},
-    "will": {"1sg": "werde", "2sg": "wirst", "3sg": "wird", "pl": "werden"},
+MODALS = {
+    "can": _forms("kann", "kannst", "kann", "können"),
+    "must": _forms("muss", "musst", "muss", "müssen"),
+    "should": _forms("sollte", "solltest", "sollte", "sollten"),
+    "want": _forms("will", "willst", "will", "wollen"),
+    "will": _forms("werde", "wirst", "wird", "werden"),
 }
 
-PERSON_PREDICATES = (
-    Pair("tired", "müde"),
-    Pair("ill", "krank"),
-    Pair("hungry", "hungrig"),
-    Pair("happy", "glücklich"),
-)
-JUDGEMENTS = (Pair("expensive", "teuer"), Pair("beautiful", "schön"))  # these contradict no adjective
-THING_PREDICATES = (
-    Pair("new", "neu"),
-    Pair("old", "alt"),
-    Pair("small", "klein"),
-    Pair("big", "groß"),
-    *JUDGEMENTS,
-)
+PERSON_PREDICATES = _pairs("tired = müde, ill = krank, hungry = hungrig, happy = glücklich")
+JUDGEMENTS = _pairs("expensive = teuer, beautiful = schön")  # these contradict no adjective
+THING_PREDICATES = [*_pairs("new = neu, old = alt, small = klein, big = groß"), *JUDGEMENTS]
 
-WHERE, WHEN, WHY, THAT = Pair("where", "wo"), Pair("when", "wann"), Pair("why", "warum"), Pair("that", "dass")
-WHO, TO_WHOM, WHAT = Pair("who", "wen"), Pair("who", "wem"), Pair("what", "was")  # the object asked for
+WHERE, WHEN, WHY, THAT = _pairs("where = wo, when = wann, why = warum, that = dass")
+WHO, TO_WHOM, WHAT = _pairs("who = wen, who = wem, what = was")  # the object asked for
 AND, BUT = Pair(", and", " und"), Pair(", but", ", aber")
 COMMA, GERMAN_COMMA = Pair(",", ","), Pair("", ",")  # German sets off every subordinate clause
-IF = Pair("if", "wenn")
-CONJUNCTIONS = (Pair("because", "weil"), Pair("because", "weil"), Pair("although", "obwohl"), IF, Pair("when", "wenn"))
+CONJUNCTIONS = _pairs("because = weil, because = weil, although = obwohl, if = wenn, when = wenn")
 
-TODAY, TOMORROW, YESTERDAY = Pair("today", "heute"), Pair("tomorrow", "morgen"), Pair("yesterday", "gestern")
-NOW, EVERY_DAY = Pair("now", "jetzt"), Pair("every day", "jeden Tag")
-ON_MONDAY, EVENING = Pair("on Monday", "am Montag"), Pair("in the evening", "am Abend")
-LAST_WEEK, NEXT_WEEK = Pair("last week", "letzte Woche"), Pair("next week", "nächste Woche")
-TIMES: dict[str, tuple[Pair, ...]] = {
+TODAY, TOMORROW, YESTERDAY, NOW = _pairs("today = heute, tomorrow = morgen, yesterday = gestern, now = jetzt")
+EVERY_DAY, ON_MONDAY, EVENING = _pairs("every day = jeden Tag, on Monday = am Montag, in the evening = am Abend")
+LAST_WEEK, NEXT_WEEK = _pairs("last week = letzte Woche, next week = nächste Woche")
+TIMES = {
     "present": (TODAY, NOW, EVERY_DAY, ON_MONDAY, EVENING),
     "past": (YESTERDAY, LAST_WEEK, ON_MONDAY),
     "perfect": (TODAY,),
     "modal": (TODAY, TOMORROW, NEXT_WEEK, ON_MONDAY, EVENING),
 }
-SOMETIMES, NEVER, ALREADY = Pair("sometimes", "manchmal"), Pair("never", "nie"), Pair("already", "schon")
-FREQUENCIES = (Pair("often", "oft"), Pair("always", "immer"), SOMETIMES, NEVER)
+FREQUENCIES = _pairs("often = oft, always = immer, sometimes = manchmal, never = nie")
+SOMETIMES, NEVER = FREQUENCIES[2:]
+ALREADY = Pair("already", "schon")

@@ -69,7 +69,11 @@ class Speaker(Draws):
         fitting = [adjective for adjective in lex.ADJECTIVES if noun.kind in adjective.kinds]
         adjective = self.pick(fitting) if self.chance(0.25) else None
         is_kin = noun.kind == "kin"  # "my sister" rather than "a sister"
-        weights = {"the": 5.0, "a": (7.0 if negated else 3.0) * (not is_kin), "my": (2.5 + 15 * is_kin) * noun.owned}
+        weights = {
+            "the": 5.0,
+            "a": (7.0 if negated else 3.0) * (not is_kin),
+            "my": (2.5 + 15 * is_kin) * bool(noun.owned),
+        }
         weights["two"] = 2.0 * (plural and not negated)
         chosen = self.weighted({key: weight for key, weight in weights.items() if key in determiners.split()})
         if chosen == "my":
