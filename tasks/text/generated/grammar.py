@@ -10,25 +10,8 @@ complement, adjunct, time. German orders it by fields, with the finite verb seco
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tasks.text.generated.lexicon import (
-    BE,
-    CASES,
-    ENGLISH_BE,
-    GERMAN_AUXILIARIES,
-    IT_GERMAN,
-    MODALS,
-    NAMES,
-    PEOPLE,
-    PRONOUNS,
-    Adjective,
-    Agreement,
-    Case,
-    Determiner,
-    Gender,
-    Noun,
-    Pair,
-    Verb,
-)
+from tasks.text.generated import lexicon as lex
+from tasks.text.generated.lexicon import CASES, Agreement, Case, Gender, Pair
 
 EMPTY = Pair("", "")
 
@@ -66,17 +49,17 @@ class NounPhrase:
     gender: Gender = "m"
     kind: str = "adult"
     has_adjective: bool = False
-    relative: Pair | None = None
+    relative: Pair = EMPTY
 
     @property
     def is_person(self) -> bool:
         """Whether it is a who, not a what."""
-        return self.kind in PEOPLE
+        return self.kind in lex.PEOPLE
 
 
 def pronoun(english: str) -> NounPhrase:
     """A personal pronoun, or `who`, by its English subject form."""
-    subject, object_, nominative, accusative, dative, agreement = PRONOUNS[english]
+    subject, object_, nominative, accusative, dative, agreement = lex.PRONOUNS[english]
     german: dict[Case, str] = {"nom": nominative, "acc": accusative, "dat": dative}
     referent = "speaker" if english in ("I", "we") else english
     return NounPhrase(subject, object_, german, agreement, "pronoun", (referent,), pronoun=english)
@@ -85,7 +68,7 @@ def pronoun(english: str) -> NounPhrase:
 def it(phrase: NounPhrase) -> NounPhrase:
     """The subject pronoun for a thing: "it" or "they"; the German one has the noun's gender."""
     plural = phrase.gender == "pl"
-    german = dict.fromkeys(CASES, IT_GERMAN[phrase.gender])
+    german = dict.fromkeys(CASES, lex.IT_GERMAN[phrase.gender])
     english = "they" if plural else "it"
     agreement: Agreement = "pl" if plural else "3sg"
     return replace(phrase, subject=english, object=english, german=german, agreement=agreement, weight="pronoun")
@@ -94,11 +77,11 @@ def it(phrase: NounPhrase) -> NounPhrase:
 def name(english: str) -> NounPhrase:
     """A first name, equal in all cases and in both languages."""
     german = dict.fromkeys(CASES, english)
-    return NounPhrase(english, english, german, "3sg", "definite", (english,), pronoun=NAMES[english])
+    return NounPhrase(english, english, german, "3sg", "definite", (english,), pronoun=lex.NAMES[english])
 
 
 def noun_phrase(
-    noun: Noun, determiner: Determiner, adjective: Adjective | None = None, *, plural: bool = False
+    noun: lex.Noun, determiner: lex.Determiner, adjective: lex.Adjective | None = None, *, plural: bool = False
 ) -> NounPhrase:
     """Determiner, adjective and noun, agreeing in gender, number and case."""
     gender: Gender = "pl" if plural else noun.gender
@@ -118,14 +101,16 @@ def noun_phrase(
     )
 
 
-def _english_noun_phrase(noun: Noun, determiner: Determiner, adjective: Adjective | None, *, plural: bool) -> str:
+def _english_noun_phrase(
+    noun: lex.Noun, determiner: lex.Determiner, adjective: lex.Adjective | None, *, plural: bool
+) -> str:
     rest = words(adjective.english if adjective else "", noun.english_plural if plural else noun.english)
     first = determiner.english_plural if plural else determiner.english
     return words("an" if first == "a" and rest[0] in "aeiou" else first, rest)
 
 
 def _german_noun_phrase(
-    noun: Noun, determiner: Determiner, adjective: Adjective | None, gender: Gender, case: Case
+    noun: lex.Noun, determiner: lex.Determiner, adjective: lex.Adjective | None, gender: Gender, case: Case
 ) -> str:
     declension, stem = determiner.declension, determiner.german
     if stem == "ein" and gender == "pl":  # no indefinite article in the plural: "neue Bücher"
@@ -166,15 +151,15 @@ class Clause:
     """One finite verb with what belongs to it; `tense` is present, past, perfect or an English modal."""
 
     subject: NounPhrase
-    verb: Verb
+    verb: lex.Verb
     tense: str
     negation: Literal["", "nicht", "kein"] = ""  # with "kein" the object already carries it in German
     dative: NounPhrase | None = None
     accusative: NounPhrase | None = None
-    complement: Pair | None = None
-    adjunct: Pair | None = None
-    frequency: Pair | None = None
-    time: Pair | None = None
+    complement: Pair = EMPTY
+    adjunct: Pair = EMPTY
+    frequency: Pair = EMPTY
+    time: Pair = EMPTY
 
     @property
     def objects(self) -> tuple[NounPhrase, ...]:
@@ -182,15 +167,16 @@ class Clause:
         return tuple(phrase for phrase in (self.dative, self.accusative) if phrase)
 
 
-def statement(clause: Clause, front: Pair | None = None) -> Pair:
-    """A main clause. German inverts after any `front`; an empty one stands for a clause that came before."""
-    english = words(_english(front), _english_clause(clause))
-    return Pair(english, _german_main_clause(clause, front.german if front else None))
+def statement(clause: Clause, front: Pair = EMPTY, *, inverted: bool = False) -> Pair:
+    """A main clause; German inverts it after any `front`, and after a clause that came before (`inverted`)."""
+    german = _german_main_clause(clause, front.german, inverted=inverted or front is not EMPTY)
+    return Pair(words(front.english, _english_clause(clause)), german)
 
 
 def question(clause: Clause, asked: Pair = EMPTY) -> Pair:
     """A question, by its question word or, without one, for yes or no."""
-    return Pair(words(asked.english, _english_inverted(clause)), _german_main_clause(clause, asked.german))
+    german = _german_main_clause(clause, asked.german, inverted=True)
+    return Pair(words(asked.english, _english_inverted(clause)), german)
 
 
 def subordinate(clause: Clause, opening: Pair) -> Pair:
@@ -202,7 +188,7 @@ def subordinate(clause: Clause, opening: Pair) -> Pair:
 def _english_clause(clause: Clause) -> str:
     """Subject before verb."""
     auxiliary, verb = _english_verb(clause, needs_auxiliary=bool(clause.negation))
-    before = words(_english_subject(clause), _negated(auxiliary, clause), _english(clause.frequency))
+    before = words(_english_subject(clause), _negated(auxiliary, clause), clause.frequency.english)
     return words(before, verb, _english_rest(clause))
 
 
@@ -210,15 +196,7 @@ def _english_inverted(clause: Clause) -> str:
     """Auxiliary before subject; do-support where the verb has no auxiliary of its own."""
     auxiliary, verb = _english_verb(clause, needs_auxiliary=True)
     before = words(auxiliary, _english_subject(clause), "not" if clause.negation else "")
-    return words(before, _english(clause.frequency), verb, _english_rest(clause))
-
-
-def _english(pair: Pair | None) -> str:
-    return pair.english if pair else ""
-
-
-def _german(pair: Pair | None) -> str:
-    return pair.german if pair else ""
+    return words(before, clause.frequency.english, verb, _english_rest(clause))
 
 
 def _negated(auxiliary: str, clause: Clause) -> str:
@@ -228,18 +206,18 @@ def _negated(auxiliary: str, clause: Clause) -> str:
 
 
 def _english_subject(clause: Clause) -> str:
-    return words(clause.subject.subject, _english(clause.subject.relative))
+    return words(clause.subject.subject, clause.subject.relative.english)
 
 
 def _english_verb(clause: Clause, *, needs_auxiliary: bool) -> tuple[str, str]:
     """(auxiliary, rest of the verb); the auxiliary is empty in "he calls"."""
     verb, agreement, tense = clause.verb, clause.subject.agreement, clause.tense
     is_third = agreement == "3sg"
-    if verb is BE:
-        return ENGLISH_BE[tense][agreement], ""
+    if verb is lex.BE:
+        return lex.ENGLISH_BE[tense][agreement], ""
     if tense == "perfect":
         return "has" if is_third else "have", verb.participle
-    if tense in MODALS and tense != "want":
+    if tense in lex.MODALS and tense != "want":
         return tense, verb.base
     base, third = ("want to " + verb.base, "wants to " + verb.base) if tense == "want" else (verb.base, verb.third)
     if tense == "past":
@@ -251,19 +229,19 @@ def _english_verb(clause: Clause, *, needs_auxiliary: bool) -> tuple[str, str]:
 
 def _english_rest(clause: Clause) -> str:
     """Everything after the verb. A pronoun goes before an adverbial particle: "picks him up", "looks for him"."""
-    objects = [words(phrase.object, _english(phrase.relative)) for phrase in clause.objects]
+    objects = [words(phrase.object, phrase.relative.english) for phrase in clause.objects]
     particle = [clause.verb.particle]
     moves = particle != ["for"] and bool(clause.objects) and clause.objects[0].weight == "pronoun"
     head = objects + particle if moves else particle + objects
-    return words(*head, _english(clause.complement), _english(clause.adjunct), _english(clause.time))
+    return words(*head, clause.complement.english, clause.adjunct.english, clause.time.english)
 
 
-def _german_main_clause(clause: Clause, front: str | None) -> str:
-    """Verb second: the front field holds the subject or, where given, `front` (empty: the verb comes first)."""
+def _german_main_clause(clause: Clause, front: str, *, inverted: bool) -> str:
+    """Verb second: before it stands the subject or, where the clause is inverted, `front` (empty: the verb is first)."""
     finite, end = _german_verb(clause)
     subject = _german_subject(clause)
-    opening = words(subject, finite) if front is None else words(front, finite, subject)
-    tail = "".join(f", {phrase.relative.german}" for phrase in clause.objects if phrase.relative)
+    opening = words(front, finite, subject) if inverted else words(subject, finite)
+    tail = "".join(f", {phrase.relative.german}" for phrase in clause.objects if phrase.relative.german)
     return words(opening, _middle_field(clause), end or clause.verb.prefix) + tail
 
 
@@ -275,7 +253,7 @@ def _german_verb_final(clause: Clause) -> str:
 
 
 def _german_subject(clause: Clause) -> str:
-    relative = f", {clause.subject.relative.german}," if clause.subject.relative else ""
+    relative = f", {clause.subject.relative.german}," if clause.subject.relative.german else ""
     return clause.subject.german["nom"] + relative
 
 
@@ -284,23 +262,23 @@ def _german_verb(clause: Clause) -> tuple[str, str]:
     verb, agreement = clause.verb, clause.subject.agreement
     if clause.tense == "present":
         return verb.german[agreement], ""
-    if clause.tense in MODALS:
-        return MODALS[clause.tense][agreement], verb.prefix + verb.german["pl"]
-    if verb is BE:
-        return GERMAN_AUXILIARIES["war"][agreement], ""
-    return GERMAN_AUXILIARIES[verb.auxiliary][agreement], verb.german_participle
+    if clause.tense in lex.MODALS:
+        return lex.MODALS[clause.tense][agreement], verb.prefix + verb.german["pl"]
+    if verb is lex.BE:
+        return lex.GERMAN_AUXILIARIES["war"][agreement], ""
+    return lex.GERMAN_AUXILIARIES[verb.auxiliary][agreement], verb.german_participle
 
 
 def _middle_field(clause: Clause) -> str:
     return words(
         _german_objects(clause, "pronoun"),
-        _german(clause.time),
+        clause.time.german,
         _german_objects(clause, "definite"),
-        _german(clause.frequency),
+        clause.frequency.german,
         "nicht" if clause.negation == "nicht" else "",
         _german_objects(clause, "indefinite"),
-        _german(clause.adjunct),
-        _german(clause.complement),
+        clause.adjunct.german,
+        clause.complement.german,
     )
 
 
@@ -316,7 +294,7 @@ def subject_relative(head: NounPhrase, clause: Clause) -> Pair:
     """A relative clause whose subject is the head: "who calls him", "der ihn anruft"."""
     english = "who" if head.is_person else "that"
     german: dict[Case, str] = dict.fromkeys(CASES, _relative_pronoun(head, "nom"))
-    subject = replace(head, subject=english, german=german, relative=None)
+    subject = replace(head, subject=english, german=german, relative=EMPTY)
     return subordinate(replace(clause, subject=subject), EMPTY)
 
 

@@ -221,13 +221,13 @@ class Speaker(Draws):
             thing = self.noun(("text", "object", "opening"), plural=self.chance(0.25), determiners="the my")
             return _ended(statement(self.clause("present", thing, be=1)), ".")
         clause = self.clause(self.weighted(_ANY_TENSE))
-        front = None
-        if clause.time and self.chance(0.6):
-            front, clause = clause.time, replace(clause, time=None)
+        front = EMPTY
+        if clause.time is not EMPTY and self.chance(0.6):
+            front, clause = clause.time, replace(clause, time=EMPTY)
         elif clause.frequency is lex.SOMETIMES and self.chance(0.6):
-            front, clause = clause.frequency, replace(clause, frequency=None)
-        elif clause.adjunct and clause.adjunct.english.startswith(("in ", "behind ")) and self.chance(0.3):
-            front, clause = clause.adjunct, replace(clause, adjunct=None)
+            front, clause = clause.frequency, replace(clause, frequency=EMPTY)
+        elif clause.adjunct.english.startswith(("in ", "behind ")) and self.chance(0.3):
+            front, clause = clause.adjunct, replace(clause, adjunct=EMPTY)
         return _ended(statement(clause, front), ".")
 
     def yes_no_question(self) -> Pair:
@@ -262,8 +262,8 @@ class Speaker(Draws):
         else:
             placed = [verb for verb in lex.VERBS if "place" in verb.adjuncts]
             clause = self.clause(tense, verbs=placed, exclude=exclude, be=0, negated=0)
-            clause = replace(clause, adjunct=None)
-        return replace(clause, frequency=None)
+            clause = replace(clause, adjunct=EMPTY)
+        return replace(clause, frequency=EMPTY)
 
     def adverbial_clause(self) -> Pair:
         """Because, although, if or when; before or after the main clause."""
@@ -274,7 +274,7 @@ class Speaker(Draws):
             sub = self.clause(sub_tense, timed=False, be=0.4)
             main = self.clause(main_tense, self._taken_up(sub), exclude=sub.subject.referents)
             # the subordinate clause is the front field of the main clause
-            return _ended(_joined(subordinate(sub, conjunction), lex.COMMA, statement(main, EMPTY)), ".")
+            return _ended(_joined(subordinate(sub, conjunction), lex.COMMA, statement(main, inverted=True)), ".")
         main = self.clause(main_tense)
         sub = self._reason(main, sub_tense)
         return _ended(_joined(statement(main), lex.GERMAN_COMMA, subordinate(sub, conjunction)), ".")
@@ -323,12 +323,12 @@ class Speaker(Draws):
         if self.chance(0.4):
             head = self.noun(lex.PEOPLE, plural=self.chance(0.25), determiners="the a two")
             main = self.clause(tense, self._described(head, tense), be=0)
-            return _ended(statement(replace(main, frequency=None)), ".")  # "who sleeps often works": which?
+            return _ended(statement(replace(main, frequency=EMPTY)), ".")  # "who sleeps often works": which?
         main = self.clause(tense, verbs=[verb for verb in lex.VERBS if verb.frame == "acc"], be=0, negated=0)
         kinds = [kind for group in main.verb.kinds for kind in (lex.PEOPLE if group == "person" else (group,))]
         head = self.noun(kinds, plural=self.chance(0.25), determiners="the a two")
         described = self._described(head, tense, main.subject.referents, main.verb)
-        front, main = main.time, replace(main, accusative=described, adjunct=None, time=None)
+        front, main = main.time, replace(main, accusative=described, adjunct=EMPTY, time=EMPTY)
         return _ended(statement(main, front), ".")
 
     def _described(
