@@ -1,1 +1,8 @@
-"""The training tasks, one folder each; scripts call them, and they call the library."""
+"""The training tasks, one folder each, and the rooms that they share; scripts call them, and they call the library."""
+
+from importlib.util import find_spec
+
+if missing := [
+    name for name in ("datasets", "matplotlib", "sacrebleu", "sentencepiece", "tqdm") if not find_spec(name)
+]:
+    raise ImportError(f"{', '.join(missing)} not installed; the scripts need: python -m pip install -e '.[tasks]'")

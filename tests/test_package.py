@@ -111,3 +111,14 @@ def test_the_trainer_trains_where_nothing_else_is_installed(tmp_path):
 def test_a_name_that_is_not_public_is_no_attribute():
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         getattr(seqba, "nothing_of_this_name")  # noqa: B009
+
+
+def test_a_script_without_the_extra_names_what_is_missing_and_the_remedy(monkeypatch):
+    import importlib.util
+
+    import tasks
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sacrebleu" else find(name))
+    with pytest.raises(ImportError, match=r"sacrebleu not installed; .* pip install -e '\.\[tasks\]'"):
+        importlib.reload(tasks)

@@ -237,7 +237,7 @@ def _english_rest(clause: Clause) -> str:
 
 
 def _german_main_clause(clause: Clause, front: str, *, inverted: bool) -> str:
-    """Verb second: before it stands the subject or, where the clause is inverted, `front` (empty: the verb is first)."""
+    """Verb second: before it stands the subject or, if the clause is inverted, `front` (empty: the verb is first)."""
     finite, end = _german_verb(clause)
     subject = _german_subject(clause)
     opening = words(front, finite, subject) if inverted else words(subject, finite)
