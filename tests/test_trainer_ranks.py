@@ -207,7 +207,7 @@ plain = [
     for trainer_class in (Trainer, BatchAugmentationTrainer)
 ]
 report({"counts": counts, "own": total(own),
-        "said": said, "kept": kept.counters.copies_per_pass, "shrinks": kept._ba_run.plan.may_shrink,
+        "said": said, "kept": kept.counters.copies_per_pass, "shrinks": kept._ba_run.loop.plan.may_shrink,
         "streamed": total(streamed), "after_evaluation": total(late_seen.gradients),
         "is_plain": all(torch.equal(one[name], other[name]) for one, other in zip(*plain) for name in one),
         "labels": [[int(label) for label in row if label != -100] for row in predicted],
