@@ -21,7 +21,7 @@ from tasks.text.generated.corpus import generate_corpus
 from tasks.translation import prepare
 from tasks.translation.benchmark import decoding, table
 from tasks.translation.benchmark.config import ROWS, TranslationBenchmark
-from tasks.translation.benchmark.synthetic import Shape
+from tasks.translation.benchmark.synthetic import Plan
 from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
 
@@ -89,7 +89,7 @@ def test_the_bare_loop_and_the_training_script_do_the_same_batches(config, monke
 
     monkeypatch.setattr(TrainStep, "__call__", spy)
     own = OwnUpdates(config.training())
-    targets = own.advance(3)
+    targets, _ = own.advance(3)
     own.close()
     bare = BareUpdates(config.training(), num_batches=3)
     assert len(bare._batches) == len(seen) == 3
@@ -212,7 +212,7 @@ def test_the_memory_rows_are_the_peaks_of_m_copies_over_one_and_of_the_lean_loss
 
     def run(command, *, env, **options):
         plan = json.loads(command[-1])
-        peaks = mib[plan["num_copies"], plan["copies_per_pass"], plan["lean"], plan["shape"]["vocab_size"]]
+        peaks = mib[plan["num_copies"], plan["copies_per_pass"], plan["lean"], plan["vocab_size"]]
         peak = peaks["MALLOC_MMAP_THRESHOLD_" not in env]
         return subprocess.CompletedProcess(command, 0, stdout=f"a note\n{peak << 20}\n")
 
@@ -230,7 +230,7 @@ def test_the_memory_rows_are_the_peaks_of_m_copies_over_one_and_of_the_lean_loss
 def test_one_copy_a_pass_holds_what_one_copy_does_and_the_lean_loss_less_than_the_plain(config, monkeypatch):
     held = functools.cache(functools.partial(table.peak_bytes, with_gaps=False))
     monkeypatch.setattr(table, "peak_bytes", lambda plan, with_gaps: held(plan))  # four processes in place of eight
-    monkeypatch.setattr(table, "Shape", functools.partial(Shape, num_samples=10, width=64, num_layers=1))
+    monkeypatch.setattr(table, "Plan", functools.partial(Plan, num_samples=10, width=64, num_layers=1))
     copies, loss = table.memory(config)
     assert 0.8 < float(copies.figure) < 1.3
     assert 0 < float(loss.figure) < 0.6
@@ -255,8 +255,8 @@ def test_the_decoding_row_is_the_seconds_in_file_order_over_ours(config, clock, 
 
 
 def test_the_streams_rows_are_updates_with_reproducible_copies_over_updates_without(clock, monkeypatch, capsys):
-    shape = Shape(num_samples=2, length=3, vocab_size=11, width=8, num_layers=1)
-    monkeypatch.setattr(table, "Shape", lambda: shape)
+    shape = {"num_samples": 2, "length": 3, "vocab_size": 11, "width": 8, "num_layers": 1}
+    monkeypatch.setattr(table, "Plan", functools.partial(Plan, **shape))
     seconds = {(True, 3): 6.0, (False, 3): 5.0, (True, 1): 11.0, (False, 1): 10.0}
     clock.sets(
         TrainStep,

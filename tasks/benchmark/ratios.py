@@ -41,6 +41,10 @@ class Ratio:
             f"{1e3 * self.seconds_a:.1f} ms over {1e3 * self.seconds_b:.1f} ms)"
         )
 
+    def row(self, name: str, wanted: str) -> Row:
+        """The ratio as a row."""
+        return Row(name, f"{self.median:.3f}", wanted, str(self))
+
 
 def compare(a: Callable[[], object], b: Callable[[], object], *, pairs: int, warm_up: int = 2) -> Ratio:
     """Time A and B in turn, so that both meet the same drift of the machine's speed.
@@ -60,20 +64,10 @@ def compare_seconds(a: Callable[[], float], b: Callable[[], float], *, pairs: in
     """`compare` of what A and B themselves say that they took, in seconds."""
     if pairs < 2:
         raise ValueError(f"pairs must be at least 2, got {pairs}")
-    times: list[tuple[float, float]] = []
-    for number in range(warm_up + pairs):
-        pair = (a(), b())
-        if number >= warm_up:
-            times.append(pair)
+    times = [(a(), b()) for _ in range(warm_up + pairs)][warm_up:]
     low, median, high = statistics.quantiles([first / second for first, second in times], n=4)
-    return Ratio(
-        median=median,
-        low=low,
-        high=high,
-        seconds_a=statistics.median(first for first, _ in times),
-        seconds_b=statistics.median(second for _, second in times),
-        pairs=pairs,
-    )
+    seconds_a, seconds_b = (statistics.median(side) for side in zip(*times, strict=True))
+    return Ratio(median, low, high, seconds_a, seconds_b, pairs)
 
 
 def _seconds(work: Callable[[], object]) -> float:

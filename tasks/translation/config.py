@@ -41,8 +41,7 @@ class TranslationConfig:
     )
     valid_prefix: str | None = option(None, "parallel text that chooses the best checkpoint")
     test_prefix: list[str] = field(
-        default_factory=list,
-        metadata={"help": "parallel test text, translated and scored at the end, each by itself"},
+        default_factory=list, metadata={"help": "parallel test text, translated and scored at the end, each by itself"}
     )
     data_dir: str | None = option(None, "folder of the text that a preset names; by default $SEQBA_DATA")
     source_lang: str = option("en", "ending of the source files")

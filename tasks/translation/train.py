@@ -56,12 +56,7 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
     run = Run(
-        accelerator,
-        folder,
-        options.run,
-        options.as_json(),
-        num_copies=copies.ba_m,
-        may_differ=may_differ(config),
+        accelerator, folder, options.run, options.as_json(), num_copies=copies.ba_m, may_differ=may_differ(config)
     )
 
     # ---- data and model

@@ -54,7 +54,7 @@ class TranslationBenchmark(BenchmarkOptions):
                 "eval_every": NEVER,
                 "save_every": NEVER,
                 **changes,
-            },
+            }
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.benchmark.ratios import Ratio, compare
+from tasks.benchmark.ratios import Row, compare
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.search import Decoding, max_new_tokens, translate
 from tasks.translation.benchmark.config import TranslationBenchmark
@@ -20,8 +20,8 @@ _BATCH = 32
 _TRAINED_UPDATES = 300  # so many teach a small model to end its sentences
 
 
-def decoding_ratio(config: TranslationBenchmark) -> tuple[Ratio, int, str]:
-    """Speed of `translate` over the plain loop, how many sentences each translated, and by which model."""
+def decoding(config: TranslationBenchmark) -> list[Row]:
+    """Beam-4 translation of many sentences against `generate` in file order, 32 at a time."""
     accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = config.model or _train(config, folder)
@@ -35,8 +35,10 @@ def decoding_ratio(config: TranslationBenchmark) -> tuple[Ratio, int, str]:
         pairs=max(2, config.pairs // 2),
         warm_up=0,
     )
+    name = f"beam-4 decoding, sentences/s over `generate` in file order with batch 32, {len(sources):,} sentences"
+    rate = f"{len(sources) / ratio.seconds_b:,.1f} sentences/s, {ratio.seconds_b:.1f} s in all"
     described = f"model {config.model}" if config.model else f"a model of {_TRAINED_UPDATES} updates"
-    return ratio, len(sources), described
+    return [Row(name, f"{ratio.median:.2f}", "at least 1.5", f"{ratio}; {rate}; {described}")]
 
 
 @torch.inference_mode()
@@ -55,8 +57,7 @@ def _in_file_order(
 
 
 def _train(config: TranslationBenchmark, folder: str) -> Path:
-    updates = _TRAINED_UPDATES
-    rate = {"lr_decay": "inverse-sqrt", "warmup_updates": updates // 2}
-    cadence = {"max_updates": updates, "eval_every": updates, "save_every": updates}
+    cadence = dict.fromkeys(("max_updates", "eval_every", "save_every"), _TRAINED_UPDATES)
+    rate = {"lr_decay": "inverse-sqrt", "warmup_updates": _TRAINED_UPDATES // 2}
     train(config.training(output_dir=f"{folder}/run", test_prefix=[], **rate, **cadence))
     return Path(folder, "run", "model")

@@ -1,9 +1,18 @@
-"""An update on one batch of random ids, for what does not depend on text."""
+"""An update on one batch of random ids, for what does not depend on text; and the peak of its memory.
+
+A peak is measured in a process of its own: python -m tasks.translation.benchmark.synthetic PLAN.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +25,19 @@ from tasks.translation.model import TranslationLoss, count_labels, summed_loss
 
 
 @dataclass(frozen=True)
-class Shape:
-    """B sentence pairs of `length` pieces on both sides, in a Transformer of `num_layers` and `num_layers` layers."""
+class Plan:
+    """An update of B = `num_samples` pairs of `length` pieces on both sides, by a Transformer of that many layers.
 
+    `lean` is the loss that never holds all logits.
+    """
+
+    num_copies: int
+    copies_per_pass: int
     num_samples: int = 40
     length: int = 24
     vocab_size: int = 8_000
     width: int = 256
     num_layers: int = 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An update; `lean` is the loss that never holds all logits."""
-
-    num_copies: int
-    copies_per_pass: int
-    shape: Shape
     lean: bool = True
     copy_seed: int | None = None
     mixed_precision: str = "no"
@@ -54,41 +59,62 @@ class PlainLoss(TranslationLoss):
 def update_of(plan: Plan) -> Callable[[], float]:
     """A function that does one update of the training step, and returns its loss when the device has finished."""
     accelerator = start_accelerator(MachineOptions(plan.mixed_precision, plan.cpu), seed=0)
-    shape = plan.shape
-    model = build_model(
-        vocab_size=shape.vocab_size,
-        width=shape.width,
-        num_layers=shape.num_layers,
-        num_heads=4,
-        pad_token_id=0,
-        eos_token_id=1,
-        max_length=shape.length,
-    )
+    sizes = {name: getattr(plan, name) for name in ("vocab_size", "width", "num_layers")}
+    model = build_model(**sizes, num_heads=4, pad_token_id=0, eos_token_id=1, max_length=plan.length)
     loss_model = (TranslationLoss if plan.lean else PlainLoss)(model, 0.1).train()
     optimizer = torch.optim.Adam(loss_model.parameters(), lr=1e-5, fused=True)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    step = TrainStep(
-        accelerator,
-        wrapped,
-        optimizer,
-        loss_fn=summed_loss,
-        count_fn=count_labels,
-        num_copies=plan.num_copies,
-        copies_per_pass=plan.copies_per_pass,
-        copy_seed=plan.copy_seed,
+    copies: Any = {name: getattr(plan, name) for name in ("num_copies", "copies_per_pass", "copy_seed")}
+    step = TrainStep(accelerator, wrapped, optimizer, loss_fn=summed_loss, count_fn=count_labels, **copies)
+    ids, labels = torch.randint(
+        3, plan.vocab_size, (2, plan.num_samples, plan.length), generator=torch.Generator().manual_seed(0)
     )
-    batch = {name: x.to(accelerator.device) for name, x in _batch(shape).items()}
-    return lambda: float(step([batch], update=1).loss)
-
-
-def _batch(shape: Shape) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    size = (shape.num_samples, shape.length)
-    ids = torch.randint(3, shape.vocab_size, size, generator=generator)
-    labels = torch.randint(3, shape.vocab_size, size, generator=generator)
-    return {
+    batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "decoder_input_ids": labels.roll(1, dims=1),
     }
+    batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+    return lambda: float(step([batch], update=1).loss)
+
+
+def peak_bytes(plan: Plan, *, with_gaps: bool) -> int:
+    """The most memory that model, optimizer and two updates hold at once, in a new process.
+
+    On a GPU what torch's allocator handed out; on a processor the peak of the process's resident memory over what it
+    had before the model was made.
+
+    Args:
+        plan: what is measured.
+        with_gaps: on a processor, with the gaps that freed tensors leave in the C library's heap, which depend on the
+            library and on luck; without them every tensor of 64 KiB and more is given back when it is freed.
+    """
+    heap = {} if with_gaps else {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # glibc's
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(plan))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **heap})
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {plan} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def _measure(plan: Plan) -> int:
+    on_gpu = torch.cuda.is_available() and not plan.cpu
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = 0 if on_gpu else _resident("VmRSS")
+    update = update_of(plan)
+    for _ in range(2):
+        update()
+    return torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(_measure(Plan(**json.loads(sys.argv[1]))))

@@ -39,13 +39,12 @@ class Seq2SeqTrainerUpdates:
         self._model = build(options.config, corpus, options.run.seed)
         self.num_workers = 0
 
-    def tune(self, choices: Sequence[int] = (0, 1, 2), updates: int = 8) -> None:
+    def tune(self) -> None:
         """Take the number of loader workers with which it is fastest."""
         rates = {}
-        for workers in choices:
-            self.num_workers = workers
-            tokens, seconds = self.advance(updates)
-            rates[workers] = tokens / seconds
+        for self.num_workers in (0, 1, 2):
+            tokens, seconds = self.advance(8)
+            rates[self.num_workers] = tokens / seconds
         self.num_workers = max(rates, key=rates.__getitem__)
 
     def advance(self, count: int) -> tuple[int, float]:
@@ -94,11 +93,10 @@ def _padded(batches: Sequence[Sequence[int]], sides: np.ndarray) -> float:
 
 
 def _matching_batch_size(batches: Sequence[Sequence[int]], sides: np.ndarray, lengths: list[int]) -> tuple[int, float]:
-    wanted = _padded(batches, sides)
-    start = max(1, round(len(lengths) / len(batches)))
+    """The B whose batches' mean padded tokens are nearest, and that mean."""
+    wanted, mean = _padded(batches, sides), round(len(lengths) / len(batches))
     found: dict[int, float] = {}
-    for size in range(max(1, start - 8), start + 9):
+    for size in range(max(1, mean - 8), mean + 9):
         order = list(LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(0)))
         found[size] = _padded([order[i : i + size] for i in range(0, len(order), size)], sides)
-    best = min(found, key=lambda size: abs(found[size] - wanted))
-    return best, found[best]
+    return min(found.items(), key=lambda item: abs(item[1] - wanted))

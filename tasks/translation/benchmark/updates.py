@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import time
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ class OwnUpdates:
         self._folder = tempfile.TemporaryDirectory()
         self._run = training(options.changed(output_dir=f"{self._folder.name}/run"))
 
-    def advance(self, count: int) -> int:
-        """Do `count` updates; returns their target tokens, copies counted. The device has finished then."""
-        total = 0
+    def advance(self, count: int) -> tuple[int, float]:
+        """Do `count` updates; returns their target tokens, copies counted, and seconds, until the device is done."""
+        start, total = time.perf_counter(), 0
         for _ in range(count):
             result, self.stream = next(self._run)
             total += int(result.num_targets)
         wait_for_device()
-        return total
+        return total, time.perf_counter() - start
 
     def close(self) -> None:
         """End the run and remove its folder."""
