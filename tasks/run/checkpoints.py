@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from seqba.checkpoint import checkpoint_fault, find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
 from seqba.draws.generators import rng_state, set_rng_state
@@ -16,22 +16,12 @@ from tasks.cli.errors import RunError
 
 
 class Stateful(Protocol):
-    """Anything whose position a checkpoint must hold; its state is made of JSON values."""
+    """Anything whose position a checkpoint must hold, as JSON values or as tensors of each rank's own."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue exactly."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken."""
-
-
-class TensorState(Protocol):
-    """Anything with tensors of each rank's own that a checkpoint must hold, such as `seqba.CarriedState`."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` needs to continue exactly."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where `state` was taken."""
 
 
@@ -55,16 +45,10 @@ class SameData:
 
 
 class Saver:
-    """The checkpoints of one run.
+    """The checkpoints of one run in `folder`, of which the newest `keep` stay.
 
-    Args:
-        accelerator: the run's; its loss scaler is part of a checkpoint.
-        folder: of all checkpoints.
-        keep: newest checkpoints that stay.
-        model: unwrapped.
-        optimizer: the model's.
-        parts: what else has a position that all ranks share, by name.
-        carried: what holds tensors of each rank's own, by name.
+    A checkpoint holds the unwrapped model, its optimizer, the accelerator's loss scaler, the `parts` whose position
+    all ranks share (JSON values), and `carried`: what holds tensors of each rank's own, such as `seqba.CarriedState`.
     """
 
     def __init__(
@@ -76,7 +60,7 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         parts: Mapping[str, Stateful],
-        carried: Mapping[str, TensorState],
+        carried: Mapping[str, Stateful],
     ) -> None:
         self.accelerator, self.folder, self.keep = accelerator, folder, keep
         self.model, self.optimizer, self.parts, self.carried = model, optimizer, dict(parts), carried
@@ -100,10 +84,9 @@ class Saver:
         return find_checkpoint(self.folder)[0]
 
     def resume(self) -> tuple[Path | None, list[str]]:
-        """Continue everything from the newest intact checkpoint.
+        """Continue everything from the newest intact checkpoint; None is returned where nothing was ever saved.
 
-        Returns:
-            Its folder, or None where nothing was ever saved; and a sentence about each newer one that is damaged.
+        With it comes a sentence about each newer checkpoint that is damaged.
 
         Raises:
             RunError: no checkpoint is intact though there are some, or the newest is not of this run.
@@ -134,22 +117,13 @@ class Saver:
                 raise ValueError(f"it holds no state of {name!r}; resume with the version and options it was saved by")
             part.load_state_dict(checkpoint.counters[name])
         for name, state in self.carried.items():
-            mine = f"{self._rank}/{name}/"
-            state.load_state_dict(
-                {
-                    key.removeprefix(mine): x.to(self.accelerator.device)
-                    for key, x in checkpoint.tensors.items()
-                    if key.startswith(mine)
-                }
-            )
+            mine, device = f"{self._rank}/{name}/", self.accelerator.device
+            tensors = {key: x.to(device) for key, x in checkpoint.tensors.items() if key.startswith(mine)}
+            state.load_state_dict({key.removeprefix(mine): x for key, x in tensors.items()})
         set_rng_state(checkpoint.rng[self.accelerator.process_index])
 
     def save(self, update: int, *, pinned: Collection[int]) -> None:
-        """Write the checkpoint of an update; all ranks call it, one writes.
-
-        Args:
-            update: the number of the last update.
-            pinned: updates whose checkpoints stay, however old.
+        """Write an update's checkpoint; all ranks call it, one writes. Those of `pinned` updates stay, however old.
 
         Raises:
             RunError: it could not be written (a full disk, most of all); the earlier ones are intact.
@@ -164,17 +138,11 @@ class Saver:
         tensors = {key: x for of_rank in gather_object([own]) for key, x in of_rank.items()}
         model, optimizer = (full_state_dict(owner, keep=is_main) for owner in (self.model, self.optimizer))
         if is_main:
+            counters = {name: part.state_dict() for name, part in self.parts.items()}
+            content = {"counters": counters, "rng": rng, "tensors": tensors or None}
             try:
                 save_checkpoint(
-                    self.folder,
-                    update,
-                    model=model,
-                    optimizer=optimizer,
-                    counters={name: part.state_dict() for name, part in self.parts.items()},
-                    rng=rng,
-                    tensors=tensors or None,
-                    keep=self.keep,
-                    pinned=pinned,
+                    self.folder, update, model=model, optimizer=optimizer, **content, keep=self.keep, pinned=pinned
                 )
             except OSError as error:
                 reason = error.strerror if error.strerror and not error.filename else str(error)
@@ -182,11 +150,7 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def load(self, update: int) -> None:
-        """Put the model and the optimizer back to an update, and nothing else.
-
-        Raises:
-            RunError: there is none, or it is damaged.
-        """
+        """Put the model and the optimizer back to an update, and nothing else; RunError where that cannot be."""
         try:
             load_checkpoint(self.path(update), model=self.model, optimizer=self.optimizer)
         except ValueError as error:

@@ -14,33 +14,14 @@ _ELSEWHERE = "give another --output-dir"
 
 
 class RunFolder:
-    """The files of one run, but for its checkpoints' own.
-
-    Args:
-        path: the folder.
-        config: all options, JSON values.
-        resume: continue what the folder holds.
-        may_differ: names of options that a resumed run may change.
-    """
+    """The files of one run, but for its checkpoints' own; `may_differ` names options that a resumed run may change."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool, may_differ: Collection[str]) -> None:
         self.path, self.resume, self.may_differ = path, resume, may_differ
         self.config = json.loads(json.dumps(dict(config)))  # as it will be read again
-
-    @property
-    def config_file(self) -> Path:
-        """All options of the run; there from its first update on."""
-        return self.path / "config.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object a logged update."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of all checkpoints."""
-        return self.path / "checkpoints"
+        self.config_file = path / "config.json"  # all options; there from the first update on
+        self.metrics_file = path / "metrics.jsonl"  # one JSON object a logged update
+        self.checkpoints = path / "checkpoints"
 
     def open(self) -> None:
         """Make the folder, or make sure that the run can go on in it; nothing that it holds is changed.

@@ -16,13 +16,9 @@ INTERRUPTED = 130  # the shell's exit code for a run ended by Ctrl-C
 
 
 class NonFiniteError(RunError):
-    """A loss, a gradient or a weight is not finite; the last good checkpoint is kept.
+    """A loss, a gradient or a weight (`what`) is not finite; the last good checkpoint is kept.
 
-    Args:
-        what: the value and its update.
-        sample_ids: numbers of the samples that this rank gave to the update, in the encoded training set.
-        rank: this rank.
-        checkpoint: the newest good checkpoint, or None where there is none.
+    `sample_ids` are the samples that this rank gave to the update, by their numbers in the encoded training set.
     """
 
     def __init__(self, what: str, *, sample_ids: Sequence[int], rank: int, checkpoint: Path | None) -> None:

@@ -17,8 +17,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = file.read_text("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines[:-1]]
-    return rows
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str, figures: Figures) -> None:
@@ -29,12 +28,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str, fig
     own_axes = figures.metric != "valid_loss" and any(figures.metric in row for row in rows)
     figure = Figure(figsize=(7, 7 if own_axes else 4.2), layout="constrained", dpi=150)
     panels = figure.subplots(1 + own_axes, sharex=True, squeeze=False)[:, 0]
-    panels[0].plot(
-        [row["update"] for row in rows],
-        [row["loss"] for row in rows],
-        color="#8aa4c8",
-        label="training (with dropout, label smoothing)",
-    )
+    updates, losses = ([row[name] for row in rows] for name in ("update", "loss"))
+    panels[0].plot(updates, losses, color="#8aa4c8", label="training (with dropout, label smoothing)")
     for panel, name in zip(panels, ("valid_loss", figures.metric), strict=False):
         found = [(row["update"], row[name]) for row in rows if row.get(name) is not None]
         if not found:
@@ -42,14 +37,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str, fig
         panel.plot(*zip(*found, strict=True), color=_VALIDATION, marker="o", markersize=4, label="validation")
         if name == figures.metric:
             update, value = (max if figures.higher_is_better else min)(found, key=lambda point: point[1])
-            panel.annotate(
-                f"{value:.3f} at {update:,}",
-                (update, value),
-                xytext=(0, 12),
-                textcoords="offset points",
-                ha="right",
-                color=_VALIDATION,
-            )
+            place = {"xytext": (0, 12), "textcoords": "offset points", "ha": "right"}
+            panel.annotate(f"{value:.3f} at {update:,}", (update, value), color=_VALIDATION, **place)
     panels[0].set(ylabel=figures.loss, title=title)
     if own_axes:
         panels[1].set(ylabel=figures.metric.replace("_", " "))

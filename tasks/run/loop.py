@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, writing
 from tasks.cli.files import write_json
-from tasks.run.checkpoints import Saver, Stateful, TensorState, how_to_go_on
+from tasks.run.checkpoints import Saver, Stateful, how_to_go_on
 from tasks.run.folder import RunFolder
 from tasks.run.guards import NonFiniteError, has_finite_weights, stop_signals
 from tasks.run.log import draw_curve, read_metrics
@@ -34,26 +33,14 @@ from tasks.run.progress import Figures, Progress
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Pending:
-    """An update whose tensors have not been read yet (reading them waits for the device)."""
-
-    update: int
-    result: UpdateResult
-    sample_ids: Sequence[int]
-
-
 class Run:
     """One training run and its folder.
 
     Args:
-        accelerator: the run's Accelerator.
-        folder: the run folder, made where it does not exist.
-        options: how long it trains; how often it logs, validates and saves; whether it continues.
+        folder: made where it does not exist.
         config: all options, JSON values; a resumed run must have the same, `may_differ` aside.
         num_copies: M, for the count of instances seen.
         figures: what the task measures.
-        may_differ: names of options that a resumed run may change.
 
     Raises:
         RunError: the folder already holds a run and `resume` is off, is resumed with another configuration, or cannot
@@ -76,7 +63,7 @@ class Run:
         self.num_copies, self.figures = num_copies, figures or Figures()
         self.progress = Progress()
         self.interrupted = False
-        self._pending: _Pending | None = None
+        self._pending: UpdateResult | None = None  # of the newest update; reading its tensors waits for the device
         self._bar: tqdm | None = None
         self._saved_update: int | None = None
         self._last_time = time.perf_counter()
@@ -106,28 +93,24 @@ class Run:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        carried: Mapping[str, TensorState] | None = None,
+        carried: Mapping[str, Stateful] | None = None,
         **parts: Stateful,
     ) -> None:
         """Name what a checkpoint holds, and begin: at update 1, or after the newest good checkpoint.
 
         Args:
             model: unwrapped.
-            optimizer: the model's; averages that it keeps of the weights are part of a checkpoint.
+            optimizer: averages that it keeps of the weights are part of a checkpoint.
             carried: what holds tensors of each rank's own, such as hidden states.
             parts: what has a position that all ranks share.
 
         Raises:
             RunError: the run cannot be continued from what the folder holds.
         """
+        parts = {"progress": self.progress, **parts}
+        folder, keep = self._files.checkpoints, self.options.keep_checkpoints
         self._saver = Saver(
-            self.accelerator,
-            self._files.checkpoints,
-            self.options.keep_checkpoints,
-            model=model,
-            optimizer=optimizer,
-            parts={"progress": self.progress, **parts},
-            carried=carried or {},
+            self.accelerator, folder, keep, model=model, optimizer=optimizer, parts=parts, carried=carried or {}
         )
         if self.options.resume:
             self._resume()
@@ -144,9 +127,8 @@ class Run:
             return
         progress = self.progress
         if progress.best_update is not None and not self._saver.is_good(progress.best_update):
-            logger.info(
-                "the best checkpoint, of update %d, is gone: the best from here on is kept", progress.best_update
-            )
+            gone = progress.best_update
+            logger.info("the best checkpoint, of update %d, is gone: the best from here on is kept", gone)
             progress.best_update = progress.best_value = None
         self._saved_update = progress.update
         logger.info("resumed at update %d from %s", progress.update, path)
@@ -210,9 +192,7 @@ class Run:
                 update later, so that nothing waits for it; always before a checkpoint is written.
         """
         self._read_pending()
-        self.progress.update = update
-        self._pending = _Pending(update, result, sample_ids)
-        self._sample_ids = sample_ids
+        self.progress.update, self._pending, self._sample_ids = update, result, sample_ids
         if self.accelerator.device.type == "cpu":
             self._read_pending()
 
@@ -280,29 +260,21 @@ class Run:
     # ---- inside
 
     def _read_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        result, self._pending = self._pending, None
+        if result is None:
             return
-        loss, norm = float(pending.result.loss), float(pending.result.grad_norm)
+        loss, norm = float(result.loss), float(result.grad_norm)
         # with fp16 an infinite gradient is the loss scaler's business: it skips the step and scales down
         if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
-            what = f"update {pending.update}: loss {loss}, gradient norm {norm}, not finite"
-            raise self._non_finite(what, pending.sample_ids)
-        self.progress.count(
-            loss=loss,
-            norm=norm,
-            samples=int(pending.result.num_samples),
-            targets=int(pending.result.num_targets),
-            num_copies=self.num_copies,
-            max_norm=self.options.max_norm,
-        )
+            raise self._non_finite(f"update {self.progress.update}: loss {loss}, gradient norm {norm}, not finite")
+        samples, targets = int(result.num_samples), int(result.num_targets)
+        self.progress.count(loss, norm, samples, targets, num_copies=self.num_copies, max_norm=self.options.max_norm)
         self._show(loss)
 
-    def _non_finite(self, what: str, sample_ids: Sequence[int] | None = None) -> NonFiniteError:
-        """The error for `what`; the samples are by default those of the newest update."""
-        ids = self._sample_ids if sample_ids is None else sample_ids
-        newest = self._saver.newest()
-        return NonFiniteError(what, sample_ids=ids, rank=self.accelerator.process_index, checkpoint=newest)
+    def _non_finite(self, what: str) -> NonFiniteError:
+        """The error for `what`, with the samples of the newest update."""
+        ids, rank = self._sample_ids, self.accelerator.process_index
+        return NonFiniteError(what, sample_ids=ids, rank=rank, checkpoint=self._saver.newest())
 
     def _tick(self) -> None:
         now = time.perf_counter()

@@ -58,17 +58,11 @@ class Progress:
             setattr(self, counter.name, state[counter.name])
 
     def count(
-        self, *, loss: float, norm: float, samples: int, targets: int, num_copies: int, max_norm: float | None
+        self, loss: float, norm: float, samples: int, targets: int, *, num_copies: int, max_norm: float | None
     ) -> None:
-        """Add an update, of all ranks.
+        """Add an update, of all ranks: its loss per target, unique samples, and targets of all copies.
 
-        Args:
-            loss: per target.
-            norm: of the gradient before clipping; infinite where fp16's loss scaler skipped the step.
-            samples: unique samples.
-            targets: targets of all copies.
-            num_copies: M.
-            max_norm: the clipping threshold.
+        `norm` is the gradient's before clipping at `max_norm`; infinite where fp16's loss scaler skipped the step.
         """
         self.unique_samples += samples
         self.seen_instances += samples * num_copies

@@ -78,7 +78,6 @@ class BatchStream:
         dataset: samples by index (and `__getitems__`, for whole batches).
         sampler: this rank's batches of indices.
         collate: list of samples -> dictionary of tensors of B rows.
-        device: where batches go.
         seed: of the samples' keys; and of the workers' own random numbers, with the position.
         num_workers: loader processes; 0 collates in the training process.
         transform: (sample, its `SampleKey`) -> what `collate` gets, called in the workers. What it draws inside
