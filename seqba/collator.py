@@ -34,12 +34,7 @@ class BatchAugmentationCollator:
     """
 
     def __init__(
-        self,
-        collate_fn: Callable[[list], Any],
-        num_copies: int,
-        dim: int = 0,
-        *,
-        collate_each_copy: bool = False,
+        self, collate_fn: Callable[[list], Any], num_copies: int, dim: int = 0, *, collate_each_copy: bool = False
     ) -> None:
         if num_copies < 1:
             raise ValueError(f"num_copies must be at least 1, got {num_copies}")

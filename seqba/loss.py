@@ -72,12 +72,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """`token_cross_entropy(F.linear(hidden, weight, bias), labels)` without the (N, V) logits in memory.
 

@@ -19,6 +19,7 @@ from seqba.repeat import count_samples, repeat_batch, unfold
 
 UNSEEN = "randomness outside torch"
 _NOT_ASKED = "not measured, as asked"
+_NO_ROWS = "not measured, since the model returned no floating-point tensor with rows of samples"
 _HOST_TRACES = 4  # pairs of traces where Python's or numpy's generator may skip parts of the model
 
 
@@ -86,9 +87,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 _Row = tuple[Operation, frozenset[Site]]
@@ -126,12 +125,7 @@ class _Auditor:
         operations = [operation for operation, _ in rows]
         run = self.held_runner(few, many)
         if run is None:
-            return self.report(
-                operations,
-                "not measured, since the model returned no floating-point tensor with rows of samples"
-                if measure_variance
-                else _NOT_ASKED,
-            )
+            return self.report(operations, _NO_ROWS if measure_variance else _NOT_ASKED)
         if not self.findings.per_copy:
             if copies_differ_unseen(run):
                 operations.insert(0, Operation("", ("",), UNSEEN, None, PER_COPY, 1))
@@ -171,12 +165,8 @@ class _Auditor:
             _seed_hosts(seed)
             modules = RunningModules(self.model, watch_hosts=False)
             draws = HeldDraws(self.findings, modules, self.own, num_copies=self.num_copies, seed=seed, free=free)
-            with (
-                modules.followed(),
-                cuttable_kernels(many.recurrent_kernel),
-                draws,
-                copies_of_pass(range(self.num_copies)),
-            ):
+            kernels, copies = cuttable_kernels(many.recurrent_kernel), copies_of_pass(range(self.num_copies))
+            with modules.followed(), kernels, draws, copies:
                 output = tree_leaves(self.forward(self.model, self.batches[self.num_copies]))[place]
             return HeldPass(unfold(output.float(), self.num_copies, dim=axes[place] or 0), draws.uncut)
 
@@ -187,10 +177,9 @@ class _Auditor:
     def rows(self) -> list[_Row]:
         """Sites that differ in the layer's number only count as one; in the model's order, inactive ones last."""
         order = {path: number for number, (path, _) in enumerate(self.model.named_modules())}
-        idle = self.findings.inactive
         found = [(site, PER_COPY, "", calls) for site, calls in self.findings.per_copy.items()]
         found += [(site, SHARED, "", calls) for site, calls in self.findings.shared.items()]
-        found += [(site, INACTIVE, reason, calls) for site, (reason, calls) in idle.items()]
+        found += [(site, INACTIVE, reason, calls) for site, (reason, calls) in self.findings.inactive.items()]
         found.sort(key=lambda one: (one[1] == INACTIVE, order[one[0].path]))
         groups: dict[tuple, list[tuple[Site, int]]] = {}
         for site, scope, reason, calls in found:
@@ -204,13 +193,11 @@ class _Auditor:
         """The rows' operations with their shares of the variance, or the reason why there are none."""
         if self.findings.per_copy_hosts:
             generators = ", ".join(sorted({site.kind for site in self.findings.per_copy_hosts}))
-            note = f"not measured, since draws of {generators} cannot be told apart by copy"
-            return [operation for operation, _ in rows], note
+            return [one for one, _ in rows], f"not measured, since draws of {generators} cannot be told apart by copy"
         shares, note = total_effects(run, [sites for operation, sites in rows if operation.scope == PER_COPY])
         left = iter(shares)
         return [
-            replace(operation, variance_share=next(left, None)) if operation.scope == PER_COPY else operation
-            for operation, _ in rows
+            replace(one, variance_share=next(left, None)) if one.scope == PER_COPY else one for one, _ in rows
         ], note
 
 

@@ -1,6 +1,5 @@
 """What the audit found: the operations, the table that shows them, and what training does about them."""
 
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -145,9 +144,6 @@ def check_copies_differ(audit: MaskAudit) -> None:
     Shared draws differ between passes, so that copies in passes of their own may differ where copies in one
     pass do not: that is a warning.
 
-    Args:
-        audit: what `audit_masks` found.
-
     Raises:
         IdenticalCopiesError: nothing is random; the message holds the table and the reason.
     """
@@ -201,8 +197,7 @@ def _cells(operation: Operation) -> tuple[str, ...]:
     if operation.probability is not None:
         probability = " to ".join(f"{p:.3g}" for p in dict.fromkeys(operation.probability))
     share = "" if operation.variance_share is None else f"{100 * operation.variance_share:.1f} %"
-    if operation.scope == INACTIVE:
-        share = ""
+    share = "" if operation.scope == INACTIVE else share
     scope = operation.scope if not operation.reason else f"{operation.scope} ({operation.reason})"
     path = operation.path or "(the model itself)"
     return path + modules, operation.kind, probability, str(operation.calls), scope, share
@@ -211,15 +206,12 @@ def _cells(operation: Operation) -> tuple[str, ...]:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    to_the_right = {3, 5}  # calls, variance
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in to_the_right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], re.sub(r"[^ ]", "-", "  ".join("x" * width for width in widths)), *lines[1:]]
+    sides = (str.ljust, str.ljust, str.ljust, str.rjust, str.ljust, str.rjust)  # numbers: calls, variance
+    lines = [
+        "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _reasons(operations: Iterable[Operation]) -> str:

@@ -33,13 +33,7 @@ _STOCHASTIC_DEPTH_CLASSES = ("DropPath", "StochasticDepth")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """Where and how numbers are drawn: calls that agree in all of this count as one operation.
-
-    Attributes:
-        path: the dotted path of the module whose own code draws; empty for the model itself.
-        kind: the operation in the field's words.
-        probability: of zeroing (of a one, for a plain `torch.bernoulli`), or None where none is known.
-    """
+    """Where and how numbers are drawn: calls that agree in all of this count as one operation (see `Operation`)."""
 
     path: str
     kind: str
@@ -48,40 +42,26 @@ class Site:
 
 @dataclass
 class Trace:
-    """What one forward pass met.
+    """What one forward pass met."""
 
-    Attributes:
-        draws: for each site, the shape of each of its draws, in order.
-        idle: for each site that could draw and did not: why not, and how often it was called.
-        words: for each site of Python's or numpy's generator: 32-bit words drawn, and in how many places.
-        outputs: the shapes of the floating-point tensors that the model returned, None for anything else.
-        one_number: whether some draw was a single number, on which the model may branch (LayerDrop).
-        recurrent_kernel: whether cuDNN dropped out between the layers of a recurrent network.
-    """
-
-    draws: dict[Site, list[tuple[int, ...]]] = field(default_factory=dict)
-    idle: dict[Site, tuple[str, int]] = field(default_factory=dict)
-    words: dict[Site, tuple[int, int]] = field(default_factory=dict)
-    outputs: list[tuple[int, ...] | None] = field(default_factory=list)
-    one_number: bool = False
-    recurrent_kernel: bool = False
+    draws: dict[Site, list[tuple[int, ...]]] = field(default_factory=dict)  # the shape of each draw, in order
+    idle: dict[Site, tuple[str, int]] = field(default_factory=dict)  # did not draw: why not, and how often called
+    words: dict[Site, tuple[int, int]] = field(default_factory=dict)  # of the host: 32-bit words, places
+    outputs: list[tuple[int, ...] | None] = field(default_factory=list)  # floating-point shapes, None for all else
+    one_number: bool = False  # whether some draw was a single number, on which the model may branch (LayerDrop)
+    recurrent_kernel: bool = False  # whether cuDNN dropped out between the layers of a recurrent network
 
 
 class Tracer(RandomOps):
     """Writes down each draw of a forward pass.
 
-    Args:
-        modules: which module runs.
-        own: the model's own generators, to be restored.
-        coin: a single uniform number is drawn as this share of its range, so that two traces (almost 1, and 0) see
-            both branches of a model that skips a layer by it.
+    A single uniform number is drawn as the share `coin` of its range, so that two traces (almost 1, and 0) see both
+    branches of a model that skips a layer by it.
     """
 
     def __init__(self, modules: RunningModules, own: OwnGenerators, *, coin: float) -> None:
         super().__init__()
-        self.modules = modules
-        self.own = own
-        self.coin = coin
+        self.modules, self.own, self.coin = modules, own, coin
         self.trace = Trace()
 
     def on_draw(self, call: RandomCall) -> Any:
@@ -91,8 +71,7 @@ class Tracer(RandomOps):
         if draws_nothing(call):
             return result
         site, shape = site_of(call, self.modules), _shape(result)
-        reason = _why_unused(site, self.modules.module)
-        if reason:
+        if reason := _why_unused(site, self.modules.module):
             self._add_idle(site, reason)
         else:
             self.trace.draws.setdefault(site, []).append(shape)
@@ -115,8 +94,7 @@ class Tracer(RandomOps):
             module = self.modules.model.get_submodule(path)
             layer_drop = _attributes(module).get(LAYER_DROP)
             site = Site(path, generator, None) if layer_drop is None else Site(path, LAYER_DROP, layer_drop)
-            reason = _why_unused(site, module)
-            if reason:
+            if reason := _why_unused(site, module):
                 self._add_idle(site, reason)
             else:
                 self.trace.words[site] = words
@@ -184,27 +162,14 @@ def growing_axis(small: tuple[int, ...], large: tuple[int, ...], copies: tuple[i
 
 @dataclass
 class Findings:
-    """What pairs of traces with fewer and with more copies say together.
+    """What pairs of traces with fewer and with more copies say together. A place is a draw's number within its site."""
 
-    Attributes:
-        per_copy: for each site some of whose draws grow with the copies: its number of such draws.
-        shared: for each site some of whose draws do not: its number of those.
-        idle: as in `Trace`.
-        axes: for each per-copy draw, by site and place in its order: the axis that holds the copies' rows.
-        shared_places: the shared draws, by site and place.
-        per_copy_hosts: the per-copy sites of Python's and numpy's generators.
-    """
-
-    per_copy: Counter[Site] = field(default_factory=Counter)
-    shared: Counter[Site] = field(default_factory=Counter)
-    idle: dict[Site, tuple[str, int]] = field(default_factory=dict)
-    axes: dict[tuple[Site, int], int] = field(default_factory=dict)
+    per_copy: Counter[Site] = field(default_factory=Counter)  # how many draws of a site grow with the copies
+    shared: Counter[Site] = field(default_factory=Counter)  # and how many do not
+    idle: dict[Site, tuple[str, int]] = field(default_factory=dict)  # as in `Trace`
+    axes: dict[tuple[Site, int], int] = field(default_factory=dict)  # which axis of a per-copy draw holds the rows
     shared_places: set[tuple[Site, int]] = field(default_factory=set)
-    per_copy_hosts: set[Site] = field(default_factory=set)
-
-    def is_shared(self, site: Site, place: int) -> bool:
-        """Whether this draw of a site is one for all copies."""
-        return (site, place) in self.shared_places
+    per_copy_hosts: set[Site] = field(default_factory=set)  # per-copy sites of Python's and numpy's generators
 
     def add(self, few: Trace, many: Trace, copies: tuple[int, int]) -> None:
         """Compare one pair of traces that differ in nothing but the number of copies (fewer, more)."""
@@ -248,8 +213,7 @@ def _shape(result: Any) -> tuple[int, ...]:
 def _bernoulli_probability(call: RandomCall) -> float | None:
     """The probability of a one: a number, or a tensor that holds one number only."""
     p = call.argument("p")
-    if p is None:
-        p = call.argument("self")
+    p = call.argument("self") if p is None else p
     if isinstance(p, Tensor):
         low, high = (float(bound) for bound in p.aminmax()) if p.numel() else (0.0, 1.0)
         return round(low, 6) if low == high else None
@@ -258,10 +222,8 @@ def _bernoulli_probability(call: RandomCall) -> float | None:
 
 def _set_coin(call: RandomCall, result: Any, coin: float) -> None:
     name = call.func._schema.name
-    if name == "aten::rand":
-        result.fill_(min(coin, 1 - torch.finfo(result.dtype).eps))
-    elif name == "aten::uniform_":
-        low, high = call.argument("from"), call.argument("to")
+    if name in ("aten::rand", "aten::uniform_"):
+        low, high = (0, 1) if name == "aten::rand" else (call.argument("from"), call.argument("to"))
         result.fill_(low + (high - low) * min(coin, 1 - torch.finfo(result.dtype).eps))
 
 
@@ -274,9 +236,7 @@ def _attributes(module: nn.Module) -> dict[str, float]:
 
 
 def _why_idle(caller: Caller, module: nn.Module) -> str:
-    if not (caller.training and module.training):
-        return "eval mode"
-    return _why_probability(caller.probability)
+    return _why_probability(caller.probability) if caller.training and module.training else "eval mode"
 
 
 def _why_unused(site: Site, module: nn.Module) -> str:
@@ -289,6 +249,4 @@ def _why_unused(site: Site, module: nn.Module) -> str:
 
 
 def _why_probability(probability: float | None) -> str:
-    if probability is None:
-        return "drew nothing"
     return f"p={probability:g}" if probability in (0.0, 1.0) else "drew nothing"

@@ -32,18 +32,9 @@ _ROUNDING = 1e-5
 
 
 class HeldDraws(CopyStreams):
-    """Draws every number from a seed, with copies that differ in the draws of some sites only.
+    """Draws every number from a seed, with copies that differ in the draws of the `free` sites only.
 
-    Args:
-        findings: which sites are per copy, and on which axis.
-        modules: which module runs.
-        own: the model's own generators; theirs are replaced by seeded ones.
-        num_copies: M, rows of the pass in copy-major order.
-        seed: of all draws of the pass.
-        free: the sites whose draws differ between copies.
-
-    Attributes:
-        uncut: draws per copy that could not be told apart by copy, and so were not held.
+    `uncut` names the draws per copy that could not be told apart by copy, and so were not held.
     """
 
     def __init__(
@@ -72,7 +63,7 @@ class HeldDraws(CopyStreams):
         place = self._places.get(site, 0)
         self._places[site], self._order = place + 1, self._order + 1
         key = mix(self.seed, self._order)
-        if site not in self.findings.per_copy or self.findings.is_shared(site, place):
+        if site not in self.findings.per_copy or (site, place) in self.findings.shared_places:
             return self.draw(call, key)
         axis = self.findings.axes.get((site, place))
         if axis is not None and (call.caller is None or call.caller.kind != RECURRENT_DROPOUT):
@@ -135,12 +126,7 @@ def copies_differ_unseen(run: RunHeld) -> bool:
 
 
 def total_effects(run: RunHeld, groups: Sequence[Collection[Site]]) -> tuple[list[float], str]:
-    """The share of each group of sites, or none of them and the reason why.
-
-    Args:
-        run: runs a pass under held draws.
-        groups: sites that are freed together; their union is all that is per copy.
-    """
+    """The share of each group of sites, which together are all that is per copy; or no shares, and the reason why."""
     everything = {site for group in groups for site in group}
     held, free = run(0, ()), [run(seed, everything) for seed in range(_PASSES)]
     total = sum(one.variance for one in free)

@@ -52,12 +52,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     mt19937 = {"key": numpy["key"].numpy().astype(np.uint32), "pos": numpy["pos"]}
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": mt19937,
-            "has_gauss": numpy["has_gauss"],
-            "gauss": numpy["gauss"],
-        }
+        {"bit_generator": "MT19937", "state": mt19937, "has_gauss": numpy["has_gauss"], "gauss": numpy["gauss"]}
     )
     torch.set_rng_state(state["torch"])
     if state["cuda"]:

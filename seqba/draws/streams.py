@@ -16,14 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqba.context import copies_of_pass, draws_are_shared
 from seqba.draws.generators import mix
-from seqba.draws.operations import (
-    CUDNN_RNN,
-    FUSED_ATTENTION,
-    PERMUTATION,
-    UNKNOWN,
-    RandomCall,
-    RandomOps,
-)
+from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall, RandomOps
 from seqba.errors import StreamError
 
 _SHARED = -1  # in place of a copy's number, for draws that the copies share

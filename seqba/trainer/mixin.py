@@ -15,13 +15,7 @@ from seqba.arguments import choose_arguments
 from seqba.groups import CopyGroup
 from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
 from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies
-from seqba.trainer.checks import (
-    check_copies,
-    measured,
-    plan_for,
-    refuse_missing_decoder_inputs,
-    refuse_unsupported,
-)
+from seqba.trainer.checks import check_copies, measured, plan_for, refuse_missing_decoder_inputs, refuse_unsupported
 from seqba.trainer.counters import BatchAugmentationCounters
 from seqba.trainer.loss import Divisor, LossForm, part_of_update
 from seqba.trainer.state import OrderOfEpoch, generators_of_rank, replaced, snapshot, wrap_again
