@@ -17,9 +17,7 @@ from seqba.checkpoint.files import disk_error
 class UserError(ValueError):
     """Something the user asked for or supplied cannot be used; the message says what, and what to do, in one line.
 
-    Args:
-        message: its line ends become spaces.
-        details: what explains it, such as a table; scripts print it, as it is, above the message.
+    Its line ends become spaces. Scripts print `details`, such as a table, as they are, above the message.
     """
 
     def __init__(self, message: str, *, details: str = "") -> None:
@@ -56,11 +54,7 @@ def explained() -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path, *, remedy: str) -> Iterator[None]:
-    """Say in a line why the system would not let the block write `path`, and what to do.
-
-    Args:
-        path: the file or folder that is written.
-        remedy: what the user can do, as a half sentence.
+    """Say in a line why the system would not let the block write `path`, and the remedy, a half sentence.
 
     Raises:
         RunError: the block met an OSError (a full disk, no permission, a file where a folder should be), or one
@@ -86,11 +80,7 @@ def _free(path: Path, error: OSError) -> str:
 
 
 def make_folder(folder: Path, *, remedy: str) -> None:
-    """Make a folder that can be written into, before there is anything to lose.
-
-    Raises:
-        RunError: it cannot be made or written into; with the reason and the remedy.
-    """
+    """Make a folder that can be written into, before there is anything to lose; else a RunError as of `writing`."""
     with writing(folder, remedy=remedy):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -43,13 +43,8 @@ def start_accelerator(
     """An `Accelerator` for a script: seeded per rank, on all cores where it is alone on a CPU; it shows the log.
 
     Every rank draws its own numbers (seed + rank): with one seed for all, copies on different ranks would meet equal
-    dropout masks. Data order has seeds of its own.
-
-    Args:
-        machine: the device, precision and threads.
-        seed: the run's seed.
-        report_to: a tracker that accelerate knows ("tensorboard", "wandb" ...), or None.
-        folder: where trackers write.
+    dropout masks. Data order has seeds of its own. The tracker `report_to` ("tensorboard", "wandb" ...) writes into
+    `folder`.
 
     Raises:
         UserError: the tracker is unknown or not installed, the device cannot be used, or it lacks the precision.
@@ -94,8 +89,7 @@ def _check_tracker(name: str | None) -> None:
     if name not in known:
         raise UserError(f"--report-to must be one of {', '.join(known)}, got {name}")
     if name not in [str(tracker) for tracker in get_available_trackers()]:
-        package = name.replace("_", "-")
-        raise UserError(f"--report-to {name}: it is not installed (python -m pip install {package})")
+        raise UserError(f"--report-to {name}: it is not installed (python -m pip install {name.replace('_', '-')})")
 
 
 def _check_device(accelerator: Accelerator, cpu: bool) -> None:
@@ -113,11 +107,9 @@ def _check_device(accelerator: Accelerator, cpu: bool) -> None:
 def _unusable(device: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     asked = os.environ.get(_DEVICE_VARIABLE)
-    remedy = (
-        f"{_DEVICE_VARIABLE}={asked} asks for it; unset the variable"
-        if asked
-        else "mend its driver, or give --cpu to work on the processor"
-    )
+    remedy = f"{_DEVICE_VARIABLE}={asked} asks for it; unset the variable"
+    if not asked:
+        remedy = "mend its driver, or give --cpu to work on the processor"
     return UserError(f"the device {device} cannot be used here ({reason}); {remedy}")
 
 
@@ -125,10 +117,7 @@ def use_threads(accelerator: Accelerator, num_threads: int | None = None) -> int
     """Give a process so many threads, by default every core it may use where it runs alone on a CPU.
 
     A number that the user chose by OMP_NUM_THREADS is kept. `accelerate launch` exports a 1 there for CPU runs, which
-    would leave all cores but one asleep: under it a 1 is no choice.
-
-    Returns:
-        The number of threads.
+    would leave all cores but one asleep: under it a 1 is no choice. Returns the number of threads.
     """
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher says its precision

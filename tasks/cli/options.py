@@ -41,11 +41,7 @@ class OptionParser(HfArgumentParser):
             raise UserError(re.sub(rf"(?<![-\w])({names})\b", lambda name: flag(name[0]), str(error))) from error
 
     def parse_known_options(self, argv: Sequence[str] | None) -> Any:
-        """What is on the command line, before dataclasses look at it.
-
-        Raises:
-            UserError: an option is unknown.
-        """
+        """What is on the command line, before dataclasses look at it; UserError where an option is unknown."""
         named, unknown = self.parse_known_args(argv)
         if unknown:
             raise UserError(f"unknown option {' '.join(unknown)}; --help lists them all")
@@ -67,11 +63,7 @@ def flag(name: str) -> str:
 
 
 def check_least(options: Any, least: Mapping[str, int]) -> None:
-    """Refuse options below their least value; one that is None is not looked at.
-
-    Raises:
-        UserError: it names the option, the limit and the value.
-    """
+    """Refuse options below their least value by a UserError; one that is None is not looked at."""
     for name, limit in least.items():
         value = getattr(options, name)
         if value is not None and value < limit:

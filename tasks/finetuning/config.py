@@ -26,16 +26,10 @@ _OF_TASKS: dict[str, tuple[str, ...]] = {
 
 # What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
 _FROM_NOTHING: dict[str, Any] = {
-    "learning_rate": 2e-3,
-    "warmup_steps": 50,
-    "max_steps": 400,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 25,
-    "eval_strategy": "steps",
-    "eval_steps": 100,
-    "save_steps": 200,
-}
+    "learning_rate": 2e-3, "warmup_steps": 50, "max_steps": 400,
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64,
+    "logging_steps": 25, "eval_strategy": "steps", "eval_steps": 100, "save_steps": 200,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,7 @@ class FinetuningConfig:
             raise UserError(f"--source_column and --target_column are both {self.source_column}")
 
     def check_task(self, task: str) -> None:
-        """Refuse options that `task` would not look at.
-
-        Raises:
-            UserError: it names the option and the tasks that it is of.
-        """
+        """Refuse options that `task` would not look at by a UserError that names the tasks they are of."""
         for named in fields(self):
             tasks = _OF_TASKS.get(named.name, TASKS)
             if task not in tasks and getattr(self, named.name) != named.default:
@@ -136,12 +126,7 @@ def parse_finetuning(
         parser.set_defaults(max_steps=max_steps)
     if named.do_predict or (named.do_eval and not named.do_train):
         raise UserError("this script always trains and then evaluates; leave --do_train, --do_eval, --do_predict out")
-    try:
-        config, ba_args, args = parser.parse_args_into_dataclasses(argv)
-    except UserError:
-        raise
-    except (ValueError, RuntimeError, ImportError) as error:  # of BatchAugmentationArguments and TrainingArguments
-        raise UserError(str(error)) from error
+    config, ba_args, args = parser.parse_args_into_dataclasses(argv)
     if args.fp16 and args.device.type == "cpu":  # accelerate would quietly train in fp32
         raise UserError("--fp16 needs an accelerator, and this run is on cpu; take --bf16 or neither")
     return config, ba_args, args

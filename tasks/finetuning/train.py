@@ -108,11 +108,7 @@ def _load(config: FinetuningConfig, seed: int) -> tuple[str, PreTrainedModel, Pr
 
 
 def _encode(
-    config: FinetuningConfig,
-    task: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
+    config: FinetuningConfig, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: Splits
 ) -> Splits:
     max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
     encoded = {}

@@ -23,6 +23,7 @@ _HEADS = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
 )
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,9 @@ class AuditConfig:
 
 
 def audit_model(path: str, config: AuditConfig, *, seed: int = 0) -> MaskAudit:
-    """Load a model, make a batch that it takes, and audit it.
+    """Load a model folder (or a config.json, in it or alone), make a batch that the model takes, and audit it.
 
-    Args:
-        path: a model folder (its weights are loaded where it has any), or a config.json, in it or alone.
-        config: B, S and M.
-        seed: of random weights and of the batch.
+    `seed` is that of the batch, and of the weights where the folder has none.
 
     Raises:
         UserError: the path or the model's kind cannot be used, or the model takes no text of that length.
@@ -67,7 +65,7 @@ def load_model(path: Path) -> nn.Module:
         config = AutoConfig.from_pretrained(file)
     model_class = _model_class(config, file)
     with explaining(f"{path} cannot be made a {model_class.__name__}"):
-        if path.is_dir() and _has_weights(path):
+        if path.is_dir() and any(any(path.glob(pattern)) for pattern in _WEIGHTS):
             return model_class.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
         return model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
 
@@ -76,7 +74,8 @@ def random_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Te
     """B random samples of the kind that the model takes: tokens (B, S), or images (B, C, H, W)."""
     config: Any = model.config
     if model.main_input_name == "pixel_values":
-        height, width = _image_size(config)
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size[:2]
         return {"pixel_values": torch.randn(batch_size, getattr(config, "num_channels", 3), height, width)}
     if model.main_input_name != "input_ids":
         raise UserError(
@@ -117,12 +116,3 @@ def _model_class(config: PretrainedConfig, file: Path) -> Any:
         f"{file} names no architecture, and {type(config).__name__} has no head for translation, language modelling or "
         "classification of text or images; name the model's class in its `architectures`"
     )
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*"))
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None) or 224
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

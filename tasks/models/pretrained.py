@@ -23,10 +23,7 @@ from tasks.cli.errors import UserError
 
 
 def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Load what a model folder says of its model, and its tokenizer.
-
-    Args:
-        name: a model folder of transformers, or a hub id.
+    """Load the configuration and the tokenizer of a model folder of transformers, or of a hub id.
 
     Raises:
         UserError: there is no such folder or hub id, or it has no tokenizer.
@@ -54,17 +51,12 @@ def load_translator(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def load_weights(
     name: str, loader: Any, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False, **more: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model on the processor, in evaluation mode.
+    """Load a model (of a folder or a hub id) on the processor, in evaluation mode, and the names of its new weights.
 
     Args:
-        name: a model folder of transformers, or a hub id.
         loader: such as `AutoModelForSeq2SeqLM`.
-        tokenizer: the model's.
         new_head: whether the layers after the base model may be new.
         more: for `from_pretrained`.
-
-    Returns:
-        The model, and the names of its new weights.
 
     Raises:
         UserError: weights are incomplete or damaged, or the tokenizer is another model's.
@@ -90,11 +82,8 @@ def use_languages(
 ) -> None:
     """Set a multilingual model and its tokenizer (mBART's, M2M100's, NLLB's) to a source and a target language.
 
-    Args:
-        model: whose `generate` begins with the target language then.
-        tokenizer: the model's.
-        codes: the tokenizer's own codes, such as en_XX; None where they are not given.
-        options: how a user gives them, for messages.
+    The codes are the tokenizer's own, such as en_XX, None where they are not given; messages name the `options` by
+    which a user gives them. The model's `generate` begins with the target language then.
 
     Raises:
         UserError: codes are missing, unknown, or given for a tokenizer that knows no languages.
@@ -141,22 +130,16 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _load(name: str, what: str, loader: Any, folder: Path | None, **more: Any) -> Any:
-    fault = f"--model {name}: {what} cannot be loaded from this folder"
-    if folder is None:
-        fault = (
-            f"--model {name} is neither a folder here nor a hub id that this machine can download or has in its cache"
-        )
+    fault = f"--model {name} is neither a folder here nor a hub id that this machine can download or has in its cache"
+    if folder is not None:
+        fault = f"--model {name}: {what} cannot be loaded from this folder"
     with explaining(fault):
         return loader.from_pretrained(name if folder is None else str(folder), **more)
 
 
 @contextmanager
 def explaining(fault: str) -> Iterator[None]:
-    """Turn whatever transformers, the hub or safetensors raise in the block into `fault` with the reason behind it.
-
-    Raises:
-        UserError: for any of their dozen unrelated types.
-    """
+    """Turn the dozen unrelated errors of transformers, the hub and safetensors into a UserError: `fault (reason)`."""
     try:
         yield
     except Exception as error:
@@ -168,8 +151,7 @@ def _check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     """transformers makes some tokenizers out of nothing where a folder has none: empty ones."""
     settings = ("tokenizer_config.json", "special_tokens_map.json")
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}.difference(settings)
-    of_bytes = not tokenizer.vocab_files_names
-    if not of_bytes and not any((folder / name).is_file() for name in names):
+    if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in names):
         raise UserError(
             f"--model {folder} has no tokenizer (none of {', '.join(sorted(names))}): save the model's there with "
             "tokenizer.save_pretrained"

@@ -25,40 +25,21 @@ def build_model(
     scaled embeddings and the tied output layer start at unit scale (transformers' 0.02 learns slowly).
 
     Args:
-        vocab_size: V.
         width, ffn_width: D, and the inner width of the feed-forward layers, by default 4 D.
         num_layers: of the encoder, and of the decoder.
-        num_heads: H.
         dropout, attention_dropout, activation_dropout: probabilities of zeroing.
         pad_token_id: also starts the decoder.
-        eos_token_id: ends a sentence.
         max_length: positions; the longest sentence in pieces, on either side.
     """
     ffn_width = 4 * width if ffn_width is None else ffn_width
     config = MarianConfig(
-        vocab_size=vocab_size,
-        d_model=width,
-        encoder_ffn_dim=ffn_width,
-        decoder_ffn_dim=ffn_width,
-        encoder_layers=num_layers,
-        decoder_layers=num_layers,
-        encoder_attention_heads=num_heads,
-        decoder_attention_heads=num_heads,
-        activation_function="relu",
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        activation_dropout=activation_dropout,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-        scale_embedding=True,
-        share_encoder_decoder_embeddings=True,
-        tie_word_embeddings=True,
-        init_std=width**-0.5,
-        max_position_embeddings=max_length,
-        pad_token_id=pad_token_id,
-        eos_token_id=eos_token_id,
-        bos_token_id=None,
-        decoder_start_token_id=pad_token_id,
-        forced_eos_token_id=None,
-    )
+        vocab_size=vocab_size, d_model=width, max_position_embeddings=max_length, init_std=width**-0.5,
+        encoder_layers=num_layers, encoder_attention_heads=num_heads, encoder_ffn_dim=ffn_width, encoder_layerdrop=0.0,
+        decoder_layers=num_layers, decoder_attention_heads=num_heads, decoder_ffn_dim=ffn_width, decoder_layerdrop=0.0,
+        dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout,
+        activation_function="relu", scale_embedding=True,
+        share_encoder_decoder_embeddings=True, tie_word_embeddings=True,
+        pad_token_id=pad_token_id, decoder_start_token_id=pad_token_id,
+        bos_token_id=None, eos_token_id=eos_token_id, forced_eos_token_id=None,
+    )  # fmt: skip
     return MarianMTModel(config)
