@@ -47,12 +47,9 @@ class Ratio:
 
 
 def compare(a: Callable[[], object], b: Callable[[], object], *, pairs: int, warm_up: int = 2) -> Ratio:
-    """Time A and B in turn, so that both meet the same drift of the machine's speed.
+    """Time A and B in turn, so that both meet the same drift of the machine's speed; each returns when it has finished.
 
-    Args:
-        a, b: called without arguments; they must have finished their work when they return.
-        pairs: timed pairs, at least 2.
-        warm_up: pairs before them that are not timed.
+    At least 2 `pairs` are timed, after `warm_up` pairs that are not.
 
     >>> compare(lambda: sum(range(9_000)), lambda: sum(range(900)), pairs=5).median > 1
     True

@@ -18,11 +18,7 @@ class BeamCache(EncoderDecoderCache):
     the beams of a sentence attend to the same source, so that its keys and values, most of the cache, are equal in
     all their rows and can stay where they are. Beams never leave their sentence, and rows never leave their copy.
 
-    `generate(..., **{CACHE: BeamCache(model.config)})` searches with it.
-
-    Args:
-        config: the model's.
-        num_copies: N; 1 for an ordinary search.
+    `generate(..., **{CACHE: BeamCache(model.config)})` searches with it; N is 1 in an ordinary search.
     """
 
     def __init__(self, config: PreTrainedConfig, num_copies: int = 1) -> None:

@@ -88,21 +88,13 @@ def translate(
     """Translate sentences in any order and length; every rank does its share, and all get all translations.
 
     A sentence's translation does not depend on the sentences that it shares a batch with (Monte Carlo dropout aside,
-    whose masks are drawn for a batch).
+    whose masks are drawn for a batch). One longer than the model takes is cut (`count_truncated`).
 
     Args:
-        accelerator: says which share is this rank's, and the precision.
         model: any encoder-decoder with `generate`, on the device; its training mode is put back afterwards.
-        tokenizer: the model's.
-        sources: sentences; an empty one is translated like any other, one longer than the model takes is cut
-            (`count_truncated`).
         decoding: the search; by default what the model's `generation_config` says.
         max_tokens: padded source tokens of a batch; by default 1 024 on a processor and 8 192 elsewhere.
-        generation: what `generate` should do otherwise than `decoding`, the model's `generation_config`, and than
-            stopping at twice the source and some 20 pieces (`max_new_tokens`).
-
-    Returns:
-        One translation a source, in their order.
+        generation: what `generate` should do otherwise than these, and than stopping at `max_new_tokens`.
     """
     was_training = model.training
     model.eval()
@@ -152,16 +144,10 @@ def _search(
 
 
 def rerank(sequences: Tensor, log_probabilities: Tensor, lengths: Tensor, decoding: Decoding) -> Tensor:
-    """Of the finished beams of each sentence, the one with the highest log-probability / ((5 + L) / 6)^a.
+    """Of the finished beams of each sentence, the one with the highest log-probability / ((5 + L) / 6)^a: (B, T).
 
-    Args:
-        sequences: (B*beams, T), the beams of a sentence next to each other.
-        log_probabilities: (B*beams,), nats, of the whole sequence.
-        lengths: (B*beams,), L.
-        decoding: gives the beams and a.
-
-    Returns:
-        (B, T).
+    `sequences` are (B*beams, T), the beams of a sentence next to each other; `log_probabilities` (nats of the whole
+    sequence) and `lengths` (L) are (B*beams,).
     """
     scores = log_probabilities / ((5 + lengths) / 6) ** decoding.length_penalty
     best = scores.view(-1, decoding.num_beams).argmax(dim=1)

@@ -26,11 +26,8 @@ def skip_finished(model: PreTrainedModel) -> Iterator[None]:
     them has no effect. Their rows leave the batch and the cache here, and the search gets zeros for their logits; the
     translations are the same.
 
-    Give `generate` a `BeamCache` as its cache. Where a version of transformers decides elsewhere, or the search
-    is greedy, nothing is skipped.
-
-    Args:
-        model: an encoder-decoder of transformers.
+    Give `generate` of an encoder-decoder a `BeamCache` as its cache. Where a version of transformers decides elsewhere,
+    or the search is greedy, nothing is skipped.
     """
     settled: Callable[..., Tensor] | None = getattr(model, _SETTLED, None)
     if settled is None:

@@ -31,11 +31,7 @@ def load_splits(
 ) -> tuple[Splits, tuple[str, ...]]:
     """Read the data set, choose its columns and splits, and log what was chosen.
 
-    Args:
-        config: names the data set and its columns.
-        task: of the model.
-        seed: of a held-out part.
-        known_classes: the model's classes by number: where the data set has the same ones, they keep their numbers.
+    `seed` is that of a held-out part. `known_classes` are the model's by number: where the data has them, they keep it.
 
     Returns:
         The splits "train", "validation" and, where there is one, "test", none of them empty, with the columns of the
@@ -73,14 +69,8 @@ def encode(
 ) -> tuple[Dataset, Counter[str]]:
     """Token ids of every row, with its labels, without padding.
 
-    A causal text ends with the end-of-sequence token, unless it was cut.
-
-    Args:
-        rows: a split of `load_splits`.
-        task: what the labels are: the target's ids, the text's own, or the class.
-        tokenizer: the model's.
-        max_length: most tokens of a side.
-        source_prefix: put before every source.
+    The labels are the target's ids, the text's own, or the class, by the task. A causal text ends with the
+    end-of-sequence token, unless it was cut.
 
     Returns:
         The encoded rows, and how many were `cut`, or dropped as `blank` (nothing but space on a side) or as `short`

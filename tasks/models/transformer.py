@@ -27,7 +27,6 @@ def build_model(
     Args:
         width, ffn_width: D, and the inner width of the feed-forward layers, by default 4 D.
         num_layers: of the encoder, and of the decoder.
-        dropout, attention_dropout, activation_dropout: probabilities of zeroing.
         pad_token_id: also starts the decoder.
         max_length: positions; the longest sentence in pieces, on either side.
     """

@@ -81,16 +81,9 @@ def score_all(hypotheses: Sequence[str], references: Sequence[str], target_lang:
 def paired_bootstrap(
     systems: Mapping[str, Sequence[str]], references: Sequence[str], *, num_samples: int, seed: int
 ) -> list[PairedScore]:
-    """Compare every system with the first by paired bootstrap resampling (Koehn 2004), as sacreBLEU does.
+    """Compare every system with the first by paired bootstrap resampling (Koehn 2004): BLEU of all, then chrF.
 
-    Args:
-        systems: hypotheses by name, at least two systems.
-        references: as many lines as each system has.
-        num_samples: resamples of the sentences.
-        seed: of the resampling, at least 1 (sacreBLEU takes 0 for no seed at all).
-
-    Returns:
-        BLEU of every system, then chrF of every system.
+    Systems are hypotheses by name. The seed is at least 1, as sacreBLEU takes 0 for no seed at all.
 
     Raises:
         ValueError: there are fewer than two systems, or the numbers of lines differ.

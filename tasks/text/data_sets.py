@@ -18,11 +18,8 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
     Args:
         name: a hub id, a folder with data files (Parquet, CSV, JSON ...), or a folder that `save_to_disk` wrote.
         config: the hub's configuration; of a saved data set a folder below.
-        split: by name; without it all splits are returned.
+        split: by name; without it a `DatasetDict`, in which a data set that was saved alone is the split "train".
         called: how the user named it, for messages.
-
-    Returns:
-        The split, or a `DatasetDict`; a data set that was saved alone is its own split "train".
 
     Raises:
         DataError: it cannot be had (no network, no such folder, damaged files), or has no such split.

@@ -51,12 +51,8 @@ def train_tokenizer(text: ParallelText, vocab_size: int, cache_dir: str | Path) 
 
     `AutoTokenizer.from_pretrained(folder)` loads it as a `MarianTokenizer` with `<pad>` 0, `</s>` 1, `<unk>` 2,
     and 256 byte pieces. The folder is keyed by the text's content and the size, and appears in one rename:
-    whole, or not at all. The same text gives the same bytes (no random sampling, a fixed thread count).
-
-    Args:
-        text: both sides are used; above `MAX_TRAINING_LINES` lines, evenly spaced pairs.
-        vocab_size: number of pieces, the special and byte pieces included.
-        cache_dir: made where it is missing.
+    whole, or not at all. The same text gives the same bytes (no random sampling, a fixed thread count). `vocab_size`
+    counts the special and byte pieces too; above `MAX_TRAINING_LINES` lines, evenly spaced pairs are used.
 
     Raises:
         DataError: the text is blank, or `vocab_size` is more than it allows or less than its characters need.

@@ -73,16 +73,9 @@ def encode_pairs(
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Encode every pair, or find them in the cache, as a data set that stays on disk.
 
-    The file is keyed by the text's and tokenizer's content and the limit, and appears in one rename. Pairs
-    keep their order.
-
-    Args:
-        text: pairs; a side that has no piece (blank, or blank once normalised) drops its pair.
-        tokenizer: a joint Marian tokenizer, or its folder.
-        cache_dir: made where it is missing.
-        num_proc: cores that encode. SentencePiece's own threads use them, nothing is forked or pickled.
-        max_length: the most ids a side may have, eos included; longer pairs are dropped.
-        max_ratio: the longer side's pieces over the shorter's; see `LengthLimit`.
+    The file is keyed by the text's and tokenizer's content and the limit, and appears in one rename. Pairs keep their
+    order; those over a limit (`LengthLimit`) or with a side that has no piece are dropped. SentencePiece's own threads,
+    `num_proc` of them, encode.
 
     Returns:
         The data set: `input_ids` and `labels` (unpadded, eos included) and `length`, the longer side's ids.

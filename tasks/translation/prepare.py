@@ -90,15 +90,9 @@ def prepare(
     max_length_ratio: float | None = None,
     num_proc: int = 1,
 ) -> Corpus:
-    """Make the corpus of a run; the first rank works, the others find its results in the cache.
+    """Make the corpus of a run from the text that `read` gives; the first rank works, the others use its cache.
 
-    Args:
-        read: gives the text; called by the first rank first.
-        accelerator: whose first rank goes first.
-        vocab_size: pieces of the joint vocabulary.
-        max_length, max_length_ratio: pairs over them are dropped and counted, see `encode_pairs`.
-        cache_dir: of the vocabulary and the encoded pairs.
-        num_proc: threads that encode.
+    Pairs over `max_length` or `max_length_ratio` are dropped and counted, see `encode_pairs`.
 
     Raises:
         DataError: the text cannot be read or leaves nothing to train on.

@@ -33,14 +33,8 @@ def write_result(
 ) -> None:
     """Score every test set by itself, and write `hyp.*.txt`, `model/` and `results.json` into the run folder.
 
-    Args:
-        run: whose folder it is.
-        corpus: the test sets.
-        model: with the weights of the best checkpoint.
-        decoding: the search, also the model folder's default.
-        max_length: the most pieces of a translation.
-        languages: source and target, for the model card.
-        made_by: how the model was trained, for the model card.
+    The model has the weights of the best checkpoint; `decoding` becomes its folder's default, and `languages` and
+    `made_by` (how it was trained) stand in its card.
     """
     model.generation_config = decoding_config(
         model, num_beams=decoding.num_beams, length_penalty=decoding.length_penalty, max_length=max_length
