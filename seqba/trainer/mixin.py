@@ -105,7 +105,8 @@ class BatchAugmentationMixin(_TrainerBase):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward over all copies of a batch: the Trainer's own step in each pass of the plan."""
         inputs = self._prepare_input(inputs)
-        run, items = self._ba_run, self._ba_items_of(inputs)
+        items = self._ba_items_of(inputs)  # may begin a new run, where the batch size has changed
+        run = self._ba_run
         batch, of = items.done, len(items.batches)
         items.done += 1
         self._ba_look_at(model, inputs, num_items_in_batch)

@@ -30,8 +30,8 @@ def averaged_over_masks(model: PreTrainedModel, num_masks: int) -> Iterator[None
     every position. Two beams that part have masks of their own from there on. LayerDrop stays off, as a layer that is
     skipped at one position would have no keys for it at the next.
 
-    Give `generate` of an encoder-decoder a `BeamCache(model.config, num_copies=num_masks)` as its cache. Draws come from
-    torch's global generator.
+    Give `generate` of an encoder-decoder a `BeamCache(model.config, num_copies=num_masks)` as its cache. Draws come
+    from torch's global generator.
 
     Raises:
         ValueError: `num_masks` is below 1.

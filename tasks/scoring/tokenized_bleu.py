@@ -18,11 +18,7 @@ def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], lang: s
     Moses' Unicode punctuation and tokenizer on both sides, hyphenated compounds split, then case-sensitive BLEU of the
     tokens without smoothing (`multi-bleu.perl`). For comparison with those papers only: splitting compounds gives
     matches that sacreBLEU does not count. The tokenizer is sacremoses, a port that differs from Moses' own in how it
-    cuts the last full stop of rare sentences.
-
-    Args:
-        hypotheses, references: detokenised sentences, as many of each.
-        lang: the target language, whose abbreviations the Moses tokenizer knows.
+    cuts the last full stop of rare sentences. Both sides are detokenised; `lang` is the target language.
     """
     split = CompoundTokenizer(lang)
     metric = BLEU(tokenize="none", smooth_method="none", force=True)

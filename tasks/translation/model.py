@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, MarianMTModel
 
@@ -65,7 +64,6 @@ def count_labels(batch: dict[str, Tensor]) -> Tensor:
     return count_targets(batch["labels"])
 
 
-@torch.no_grad()
 def count_parameters(model: nn.Module) -> int:
     """Trainable numbers, tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -9,40 +9,19 @@ from tasks.text.hub import is_dataset
 
 # The base model of Vaswani et al. 2017, table 3, as section 4.3 of the paper trains it. Not measured yet.
 _BASE = {
-    "vocab_size": 32_000,
-    "width": 512,
-    "ffn_width": 2_048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "max_length_ratio": 1.5,
-    "max_tokens": 4_096,
-    "max_updates": 100_000,
-    "warmup_updates": 4_000,
-    "lr_scale": 1.0,
-    "log_every": 100,
-    "eval_every": 1_000,
-    "save_every": 1_000,
-}
+    "vocab_size": 32_000, "width": 512, "ffn_width": 2_048, "num_layers": 6, "num_heads": 8,
+    "max_length_ratio": 1.5, "max_tokens": 4_096, "max_updates": 100_000, "warmup_updates": 4_000, "lr_scale": 1.0,
+    "log_every": 100, "eval_every": 1_000, "save_every": 1_000,
+}  # fmt: skip
 # Multi30k (Elliott et al. 2016), English to German. Measured on one thread of a server processor, bf16, one seed, 3 000
 # updates: BLEU on test_2016_flickr 10.48 with M = 1 and 27.13 with M = 4; fixed samples (--max-tokens 4096) 32.15, in
 # fp32, in 3.2 hours on one thread of a processor without AVX-512.
 _MULTI30K = {
-    "vocab_size": 8_000,
-    "width": 256,
-    "ffn_width": 1_024,
-    "num_layers": 3,
-    "dropout": 0.2,
-    "attention_dropout": 0.2,
-    "activation_dropout": 0.2,
-    "max_tokens": 1_024,
-    "max_updates": 3_000,
-    "warmup_updates": 500,
-    "lr_scale": 0.6,
-    "lr_decay": "cosine",
-    "log_every": 50,
-    "eval_every": 250,
-    "save_every": 250,
-}
+    "vocab_size": 8_000, "width": 256, "ffn_width": 1_024, "num_layers": 3,
+    "dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2,
+    "max_tokens": 1_024, "max_updates": 3_000, "warmup_updates": 500, "lr_scale": 0.6, "lr_decay": "cosine",
+    "log_every": 50, "eval_every": 250, "save_every": 250,
+}  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The built-in corpus, English to German, and the defaults of `TranslationConfig`. Measured on two processor cores,
@@ -116,8 +95,4 @@ def text_of_preset(preset: str, data_dir: str | None) -> dict[str, Any]:
     def under(prefix: str) -> str:
         return prefix if is_dataset(prefix) else str(Path(data_dir or "", prefix))
 
-    return {
-        "train_prefix": [under(prefix) for prefix in text["train_prefix"]],
-        "valid_prefix": under(text["valid_prefix"]),
-        "test_prefix": [under(prefix) for prefix in text["test_prefix"]],
-    }
+    return {name: under(own) if isinstance(own, str) else list(map(under, own)) for name, own in text.items()}

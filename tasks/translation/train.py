@@ -105,15 +105,8 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
     run.load_best()
     with run.writing(folder):
         decoding = Decoding(config.num_beams, config.length_penalty)
-        write_result(
-            run,
-            corpus,
-            model,
-            decoding,
-            config.max_length,
-            languages=(config.source_lang, config.target_lang),
-            made_by=describe_training(options),
-        )
+        languages, made_by = (config.source_lang, config.target_lang), describe_training(options)
+        write_result(run, corpus, model, decoding, config.max_length, languages=languages, made_by=made_by)
 
 
 @torch.no_grad()
@@ -135,11 +128,7 @@ def validation_loss(accelerator: Accelerator, loss_model: nn.Module, corpus: Cor
 
 
 def read_corpus(config: TranslationConfig) -> Texts:
-    """Read or generate the text.
-
-    Raises:
-        DataError: it cannot be read, or holds no pair.
-    """
+    """Read or generate the text; a `DataError` says that it cannot be read, or holds no pair."""
     if config.is_generated:
         return generate_texts(config.corpus_seed)
     assert config.valid_prefix is not None
@@ -149,11 +138,7 @@ def read_corpus(config: TranslationConfig) -> Texts:
 
 
 def load_corpus(config: TranslationConfig, accelerator: Accelerator) -> Corpus:
-    """Read or generate the text, and encode it.
-
-    Raises:
-        DataError: the text cannot be read or leaves nothing to train on.
-    """
+    """Read or generate the text, and encode it; a `DataError` says that nothing is left to train on."""
     return prepare(
         lambda: read_corpus(config),
         accelerator,
@@ -166,33 +151,24 @@ def load_corpus(config: TranslationConfig, accelerator: Accelerator) -> Corpus:
 
 
 def make_stream(options: TranslationOptions, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
-    """This rank's batches of the training text, by token budget.
-
-    Raises:
-        UserError: a pair is longer than the budget.
-    """
+    """This rank's batches of the training text, by token budget; a longer pair is a `UserError`."""
     max_tokens, longest = options.config.max_tokens, int(corpus.train_lengths.max())
     if longest > max_tokens:  # pieces are known only now
         raise UserError(
             f"--max-tokens {max_tokens} is too small for a pair of {longest} pieces; raise it, or drop long pairs by a "
             "lower --max-length"
         )
-    group = CopyGroup.of(accelerator, options.copies.ba_m)
+    group, run = CopyGroup.of(accelerator, options.copies.ba_m), options.run
     sampler = TokenBatchSampler(
         corpus.train_lengths,
         max_tokens,
-        seed=options.run.seed,
+        seed=run.seed,
         num_shards=group.num_groups,
         shard=group.index,
-        batches_per_update=options.run.accumulation,
+        batches_per_update=run.accumulation,
     )
     return BatchStream(
-        corpus.train,
-        sampler,
-        corpus.collate,
-        device=accelerator.device,
-        seed=options.run.seed,
-        num_workers=options.run.num_workers,
+        corpus.train, sampler, corpus.collate, device=accelerator.device, seed=run.seed, num_workers=run.num_workers
     )
 
 
