@@ -175,6 +175,14 @@ def test_dashes_and_underscores_are_both_taken_and_every_option_has_help():
     assert asked <= {flag(option.name) for option in OPTIONS}
 
 
+def test_options_are_changed_in_the_part_that_has_them_and_an_unknown_one_is_refused():
+    changed = parse_config([]).changed(ba_m=3, copies_per_pass=2, dropout=0.5, max_updates=7, cpu=True)
+    assert (changed.copies, changed.config.dropout) == (BatchAugmentationArguments(3, 2), 0.5)
+    assert (changed.run.max_updates, changed.machine.cpu) == (7, True)
+    with pytest.raises(TypeError, match="there is no option 'max_update'"):
+        changed.changed(max_update=9)
+
+
 def test_a_preset_is_data_and_any_option_overrides_it():
     base = parse_config(["--preset", "transformer-base", "--dropout", "0.3"]).config
     assert (base.width, base.num_layers, base.warmup_updates, base.dropout) == (512, 6, 4_000, 0.3)

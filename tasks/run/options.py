@@ -57,6 +57,8 @@ class TrainingOptions(Generic[ConfigT]):
 
     def changed(self, **values: Any) -> "TrainingOptions[ConfigT]":
         """The same with some options set otherwise, by name."""
+        if unknown := values.keys() - self.as_json().keys():
+            raise TypeError(f"there is no option {min(unknown)!r}")
         parts = {
             name: replace(part, **{option: x for option, x in values.items() if hasattr(part, option)})
             for name, part in vars(self).items()
