@@ -136,8 +136,9 @@ def site_of(call: RandomCall, modules: RunningModules) -> Site:
     layer_drop = attributes.get(LAYER_DROP, getattr(getattr(modules.module, "config", None), "layerdrop", None))
     if isinstance(layer_drop, float) and torch.Size(call.shape).numel() == 1:
         return Site(modules.path, LAYER_DROP, layer_drop)
-    if STOCHASTIC_DEPTH in attributes:
-        return Site(modules.path, STOCHASTIC_DEPTH, attributes[STOCHASTIC_DEPTH])
+    for named in (STOCHASTIC_DEPTH, getattr(modules.module, "mask_kind", "")):
+        if named in attributes:
+            return Site(modules.path, named, attributes[named])
     base = call.func._schema.name.partition("::")[2].strip("_")
     kind = _RAW_KINDS.get(base.split("_")[0], base.replace("_", " "))
     return Site(modules.path, kind, _bernoulli_probability(call) if base == "bernoulli" else None)
@@ -228,8 +229,13 @@ def _set_coin(call: RandomCall, result: Any, coin: float) -> None:
 
 
 def _attributes(module: nn.Module) -> dict[str, float]:
-    """Random operations that only a module's attributes name: LayerDrop of transformers, stochastic depth by class."""
+    """Random operations that only a module's attributes name.
+
+    LayerDrop of transformers, stochastic depth by class, the masks of `seqba.modules`.
+    """
     found = {LAYER_DROP: getattr(module, "layerdrop", None)}
+    if isinstance(kind := getattr(module, "mask_kind", None), str):
+        found[kind] = getattr(module, "p", None)
     if any(name in type(module).__name__ for name in _STOCHASTIC_DEPTH_CLASSES):
         found[STOCHASTIC_DEPTH] = getattr(module, "drop_prob", getattr(module, "p", None))
     return {kind: float(value) for kind, value in found.items() if isinstance(value, (int, float))}

@@ -1,5 +1,6 @@
 """The mask audit of a saved transformers model, or of a configuration with random weights, on a random batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from seqba.audit import MaskAudit, audit_masks
-from tasks.cli.errors import UserError
+from seqba.audit import IdenticalCopiesError, MaskAudit, audit_masks, check_copies_differ
+from tasks.cli.errors import UserError, identical_copies
 from tasks.cli.options import check_least, option
 from tasks.models.pretrained import explaining
 
@@ -49,6 +50,21 @@ def audit_model(path: str, config: AuditConfig, *, seed: int = 0) -> MaskAudit:
     torch.manual_seed(seed)
     model = load_model(Path(path))
     return audit_masks(model, random_batch(model, config.batch_size, config.length), config.num_copies)
+
+
+def refuse_identical_copies(
+    model: nn.Module, batch: dict[str, Tensor], forward: Callable[[nn.Module, Any], Tensor], remedy: str
+) -> None:
+    """M copies cost M times as much: not where all copies of a batch are the same.
+
+    Raises:
+        UserError: with the table of the audit, and `remedy`, the option that makes copies differ.
+    """
+    audit = audit_masks(model, batch, forward=forward, measure_variance=False)
+    try:
+        check_copies_differ(audit)
+    except IdenticalCopiesError as error:
+        raise identical_copies(error, remedy) from error
 
 
 def load_model(path: Path) -> nn.Module:

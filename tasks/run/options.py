@@ -1,12 +1,13 @@
 """The options of a run that all training scripts of ours share."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions
-from tasks.cli.options import check_least, option
+from tasks.cli.options import OptionParser, check_least, option
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,24 @@ class TrainingOptions(Generic[ConfigT]):
             for name, part in vars(self).items()
         }
         return TrainingOptions(**parts)
+
+
+def training_parser(
+    config_class: Any, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None, description: str
+) -> tuple[OptionParser, str]:
+    """The parser of a training script's options, whose defaults are those of `--preset`, and that preset's name.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    preset = OptionParser.peek(argv, "preset")
+    preset = config_class.preset if preset is None else preset
+    if preset not in presets:
+        raise UserError(f"--preset must be one of {', '.join(presets)}, got {preset}")
+    parser = OptionParser(
+        (config_class, BatchAugmentationArguments, RunOptions, MachineOptions),
+        allow_abbrev=False,
+        description=f"{description} Defaults are those of --preset {preset}.",
+    )
+    parser.set_defaults(**presets[preset])
+    return parser, preset

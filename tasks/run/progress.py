@@ -13,12 +13,14 @@ class Figures:
     Attributes:
         target: one of the things that the loss is a mean over; throughput is counted in these.
         loss: the loss and its unit, for the curve's axis.
+        training: what the training loss carries, for the curve's legend; the validation loss carries nothing.
         metric: the figure of a validation that chooses the best checkpoint.
         higher_is_better: the metric's direction.
     """
 
     target: str = "token"
     loss: str = "loss (nats per target token)"
+    training: str = "training (with dropout, label smoothing)"
     metric: str = "valid_loss"
     higher_is_better: bool = False
 

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
-from tasks.cli.machine import MachineOptions
 from tasks.cli.options import OptionParser, check_least, flag, option
-from tasks.run.options import MAY_DIFFER, RunOptions, TrainingOptions
+from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 from tasks.text.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
 
@@ -136,17 +134,9 @@ def parse_config(argv: Sequence[str] | None = None) -> TranslationOptions:
     Raises:
         UserError: a value out of range, or an unknown preset; the message names the option.
     """
-    preset = OptionParser.peek(argv, "preset")
-    preset = TranslationConfig.preset if preset is None else preset
-    if preset not in PRESETS:
-        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
+    parser, preset = training_parser(TranslationConfig, PRESETS, argv, "Train a translation model.")
     text = {} if OptionParser.peek(argv, "train_prefix") else TEXTS.get(preset, {})
-    parser = OptionParser(
-        (TranslationConfig, BatchAugmentationArguments, RunOptions, MachineOptions),
-        allow_abbrev=False,
-        description=f"Train a translation model. Defaults are those of --preset {preset}.",
-    )
-    parser.set_defaults(**PRESETS[preset], **text)
+    parser.set_defaults(**text)
     named = parser.parse_known_options(argv)  # --help ends here
     if text:
         parser.set_defaults(**text_of_preset(preset, named.data_dir or os.environ.get("SEQBA_DATA")))

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import MarianMTModel
 
 from seqba import schedule
-from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
 from seqba.groups import CopyGroup
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep, UpdateResult
-from tasks.cli.errors import UserError, identical_copies
+from tasks.cli.errors import UserError
 from tasks.cli.machine import start_accelerator
 from tasks.decoding.search import Decoding
+from tasks.models.audit import refuse_identical_copies
 from tasks.models.transformer import build_model
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
@@ -176,11 +176,7 @@ def _refuse_identical_copies(loss_model: nn.Module, stream: BatchStream, corpus:
     """M copies cost M times as much: not where they are all the same."""
     batch = corpus.collate(corpus.train.__getitems__(range(min(_AUDITED, len(corpus.train)))))
     batch = {name: x.to(stream.device) for name, x in batch.items()}
-    audit = audit_masks(loss_model, batch, forward=summed_loss, measure_variance=False)
-    try:
-        check_copies_differ(audit)
-    except IdenticalCopiesError as error:
-        raise identical_copies(error, "--dropout 0.1") from error
+    refuse_identical_copies(loss_model, batch, summed_loss, "--dropout 0.1")
 
 
 def _describe(

@@ -1,0 +1,57 @@
+"""The card of a model folder: how the model was made, its scores, how it is loaded."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tasks.cli.files import write_text
+
+
+def write_card(
+    folder: Path,
+    *,
+    title: str,
+    languages: Sequence[str],
+    pipeline: str,
+    made_by: Mapping[str, str],
+    scores: Sequence[str],
+    usage: str,
+) -> None:
+    """Write `README.md` into a model folder.
+
+    Args:
+        folder: of the model.
+        title: what the model does.
+        languages: their codes; none where they are not known.
+        pipeline: the hub's name of the task.
+        made_by: how it was trained, by what is told.
+        scores: a line each.
+        usage: Python that loads the model from the folder that holds `folder`.
+    """
+    front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:\n- batch-augmentation\n- seqba"]
+    if languages:
+        front.insert(0, "\n".join(["language:", *(f"- {language}" for language in languages)]))
+    rows = "\n".join(f"| {what} | {how} |" for what, how in made_by.items())
+    results = "\n".join(f"- {score}" for score in scores) or "not scored: no test text"
+    text = f"""---
+{chr(10).join(front)}
+---
+
+# {title}, trained with Batch Augmentation
+
+| | |
+|---|---|
+{rows}
+
+Test:
+
+{results}
+
+The best checkpoint was chosen on the validation text. To load the model, from the folder that holds `{folder.name}`:
+
+```python
+{usage.strip()}
+```
+
+Batch Augmentation: Hoffer et al. 2020, "Augment Your Batch", arXiv:1901.09335.
+"""
+    write_text(folder / "README.md", text)
