@@ -147,7 +147,8 @@ def test_real_texts_have_the_tokens_and_words_of_the_literature(name, tokens, wo
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == tokens
     assert len(corpus.tokenizer) == words
     lines = read_split(str(Path(DATA, name)), "test")
-    slow = [corpus.tokenizer.get_vocab()[word] for line in lines for word in [*line.split(), "<eos>"]]
+    ids = corpus.tokenizer.get_vocab()
+    slow = [ids[word] for line in lines for word in [*line.split(), "<eos>"]]
     assert corpus.test.tolist() == slow
 
 
