@@ -17,6 +17,7 @@ from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions
 from tasks.cli.options import flag
 from tasks.decoding.search import Decoding, translate
+from tasks.models.folder import save_model_folder
 from tasks.models.transformer import build_model
 from tasks.run.options import RunOptions
 from tasks.scoring.bleu import score_bleu
@@ -24,6 +25,7 @@ from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
 from tasks.translation.config import PRESETS, TranslationConfig, may_differ, parse_config, run_folder
 from tasks.translation.model import TranslationLoss, count_parameters, decoding_config
+from tasks.translation.result import USAGE
 from tasks.translation.train import describe_training, learning_rate
 
 SMALL = {
@@ -311,13 +313,19 @@ print(json.dumps([model.generation_config.num_beams, ids[0].tolist(), texts]))
 
 
 def test_the_model_folder_loads_in_a_fresh_process_and_translates_the_same(translator, tmp_path):
-    from tasks.translation.card import save_model_folder
-
     model, tokenizer, sources = translator
     score = score_bleu(["a b c d e"], ["a b c d f"], str(Decoding(2, 0.6)))
     made_by = describe_training(parse_config(["--ba-m", "4"])) | {"data": "the data"}
     save_model_folder(
-        tmp_path / "model", model, tokenizer, languages=("en", "de"), made_by=made_by, scores={"a set": score}
+        tmp_path / "model",
+        model,
+        tokenizer,
+        title="Translation en -> de",
+        languages=("en", "de"),
+        pipeline="translation",
+        made_by=made_by,
+        scores=[f"a set: {score}"],
+        usage=USAGE,
     )
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "model"), sources[3]], capture_output=True, text=True, check=True

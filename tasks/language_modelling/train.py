@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from tasks.language_modelling.model import AwdLstmConfig, AwdLstmForCausalLM
 from tasks.language_modelling.prepare import Corpus, Ids, load_corpus
 from tasks.language_modelling.windows import Streams, WindowSampler
 from tasks.models.audit import refuse_identical_copies
-from tasks.models.card import write_card
+from tasks.models.folder import save_model_folder
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
@@ -135,13 +135,31 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
     # ---- the result: the checkpoint with the lowest validation loss, its averaged weights, scored once
     run.load_best()
     best = run.progress.best_update or run.progress.update
-    made_by = {"updates": f"{best:,} (the checkpoint with the lowest validation loss)", **describe_training(options)}
+    made_by = {
+        "data": corpus.description,
+        "parameters": f"{model.num_parameters():,}",
+        "updates": f"{best:,} (the checkpoint with the lowest validation loss)",
+        **describe_training(options),
+    }
     if asgd.averages:
         made_by["weights"] = "averaged by NT-ASGD"
     with asgd.averaged_weights(), run.writing(folder):
         test = evaluate(accelerator, loss_model, corpus.test, 1, "test")
         if accelerator.is_main_process:
-            save_model_folder(folder / "model", model, corpus, made_by=made_by, test=test)
+            save_model_folder(
+                folder / "model",
+                model,
+                corpus.tokenizer,
+                title="A word-level AWD-LSTM language model",
+                languages=(),
+                pipeline="text-generation",
+                made_by=made_by,
+                scores=[
+                    f"perplexity {test['test_perplexity']:.2f}, {test['test_loss']:.4f} nats per token: "
+                    f"{len(corpus.test):,} tokens, <eos> counted, in one stream with carried state"
+                ],
+                usage=_USAGE,
+            )
     run.finish({**test, "averages": asgd.averages})
     logger.info(f"test: {test['test_loss']:.4f} nats per token, perplexity {test['test_perplexity']:.2f}")
     logger.info(f"{run.folder}: model/, curve.png, results.json, metrics.jsonl")
@@ -248,23 +266,3 @@ def describe_training(options: LanguageModelOptions) -> dict[str, str]:
         f"{config.output_dropout}, words {config.embedding_dropout}, recurrent weights {config.weight_dropout}; the "
         f"last two {config.mask_scope}",
     }
-
-
-def save_model_folder(
-    folder: Path, model: AwdLstmForCausalLM, corpus: Corpus, *, made_by: Mapping[str, str], test: Mapping[str, float]
-) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with its card."""
-    model.save_pretrained(folder)
-    corpus.tokenizer.save_pretrained(folder)
-    write_card(
-        folder,
-        title="A word-level AWD-LSTM language model",
-        languages=(),
-        pipeline="text-generation",
-        made_by={"data": corpus.description, "parameters": f"{model.num_parameters():,}", **made_by},
-        scores=[
-            f"perplexity {test['test_perplexity']:.2f}, {test['test_loss']:.4f} nats per token: {len(corpus.test):,} "
-            "tokens, <eos> counted, in one stream with carried state"
-        ],
-        usage=_USAGE.format(folder=folder.name),
-    )

@@ -9,7 +9,7 @@ from transformers import MarianMTModel
 
 from tasks.cli.files import write_text
 from tasks.decoding.search import Decoding, count_truncated, translate
-from tasks.models.card import write_card
+from tasks.models.folder import save_model_folder
 from tasks.run.loop import Run
 from tasks.scoring.bleu import BleuScore, one_line_each, score_bleu
 from tasks.scoring.hypotheses import hypothesis_files
@@ -19,7 +19,7 @@ from tasks.translation.prepare import Corpus
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # translations a test set
-_USAGE = """
+USAGE = """
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")
@@ -56,17 +56,16 @@ def write_result(
             "updates": f"{updates:,} (the checkpoint with the lowest validation loss)",
             **made_by,
         }
-        folder, (source, target) = run.folder / "model", languages
-        model.save_pretrained(folder)
-        corpus.tokenizer.save_pretrained(folder)
-        write_card(
-            folder,
-            title=f"Translation {source} -> {target}",
+        save_model_folder(
+            run.folder / "model",
+            model,
+            corpus.tokenizer,
+            title="Translation {} -> {}".format(*languages),
             languages=languages,
             pipeline="translation",
             made_by=rows,
             scores=[f"{name}: {score}" for name, score in scores.items()],
-            usage=_USAGE.format(folder=folder.name),
+            usage=USAGE,
         )
     tests = {
         name: {"bleu": score.bleu, "signature": score.signature, "decoding": score.decoding, "file": files[name]}

@@ -1,13 +1,17 @@
-"""The card of a model folder: how the model was made, its scores, how it is loaded."""
+"""A model folder: weights, tokenizer, and a card that says how it was made, its scores, how it is loaded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from tasks.cli.files import write_text
 
 
-def write_card(
+def save_model_folder(
     folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     title: str,
     languages: Sequence[str],
@@ -16,17 +20,21 @@ def write_card(
     scores: Sequence[str],
     usage: str,
 ) -> None:
-    """Write `README.md` into a model folder.
+    """Write a folder that transformers' auto classes load, with its card in `README.md`.
 
     Args:
-        folder: of the model.
+        folder: to write into.
+        model: its generation defaults too.
+        tokenizer: of the model.
         title: what the model does.
         languages: their codes; none where they are not known.
         pipeline: the hub's name of the task.
         made_by: how it was trained, by what is told.
         scores: a line each.
-        usage: Python that loads the model from the folder that holds `folder`.
+        usage: Python that loads the model from the folder that holds `folder`; `{folder}` stands for its name.
     """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:\n- batch-augmentation\n- seqba"]
     if languages:
         front.insert(0, "\n".join(["language:", *(f"- {language}" for language in languages)]))
@@ -49,7 +57,7 @@ Test:
 The best checkpoint was chosen on the validation text. To load the model, from the folder that holds `{folder.name}`:
 
 ```python
-{usage.strip()}
+{usage.strip().format(folder=folder.name)}
 ```
 
 Batch Augmentation: Hoffer et al. 2020, "Augment Your Batch", arXiv:1901.09335.
