@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TRAPS = {*range(1, 14), *range(18, 30), 31, *range(33, 38), 39, *range(41, 49)}
+TRAPS = {*range(1, 14), *range(18, 30), *range(31, 38), *range(39, 49)}
 
 
 def marked(file):
