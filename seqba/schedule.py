@@ -135,11 +135,11 @@ def constant(update: int, *, peak_lr: float, warmup_updates: int = 0) -> float:
 
 
 def step_decay(
-    update: int, *, base_lr: float, boundaries: Sequence[int], factor: float, warmup_updates: int = 0
+    update: int, *, base_lr: float, boundaries: Sequence[int], factor: float | Sequence[float], warmup_updates: int = 0
 ) -> float:
     """A staircase: the rate is multiplied by `factor` after each boundary.
 
-        lr(t) = base_lr * factor^(number of boundaries below t) * min(1, t / W),    W = warmup_updates
+        lr(t) = base_lr * (product of factor_i over the boundaries i below t) * min(1, t / W),    W = warmup_updates
 
     A boundary is the last update of its step: update b still has the old rate, b + 1 the new one. In epochs of U
     updates, "divide by 10 at epoch 81" is the boundary 81 * U with factor 0.1.
@@ -150,7 +150,7 @@ def step_decay(
         update: t, counted from 1.
         base_lr: the rate up to the first boundary; at least 0.
         boundaries: updates, at least 1 each, strictly rising; empty is a constant rate.
-        factor: above 0 and at most 1.
+        factor: above 0 and at most 1; one for all boundaries, or one for each.
         warmup_updates: W, at least 0; 0 is none.
 
     Raises:
@@ -163,10 +163,13 @@ def step_decay(
     _check_rate("base_lr", base_lr)
     if any(b < 1 for b in boundaries) or any(a >= b for a, b in itertools.pairwise(boundaries)):
         raise ValueError(f"boundaries must be updates of at least 1, strictly rising, got {list(boundaries)}")
-    if not 0 < factor <= 1:
+    factors = [factor] * len(boundaries) if isinstance(factor, (int, float)) else factor
+    if len(factors) != len(boundaries):
+        raise ValueError(f"factor must be one number, or one for each of {len(boundaries)} boundaries, got {factor}")
+    if not all(0 < x <= 1 for x in factors):
         raise ValueError(f"factor must be above 0 and at most 1, got {factor}")
-    drops = sum(boundary < update for boundary in boundaries)
-    return constant(update, peak_lr=base_lr, warmup_updates=warmup_updates) * factor**drops
+    dropped = math.prod(x for x, boundary in zip(factors, boundaries, strict=True) if boundary < update)
+    return constant(update, peak_lr=base_lr, warmup_updates=warmup_updates) * dropped
 
 
 def _decay(

@@ -59,6 +59,8 @@ def test_step_decay_drops_after_each_boundary():
     rates = [schedule.step_decay(t, base_lr=0.3, boundaries=[3, 5], factor=0.2) for t in range(1, 8)]
     assert rates == pytest.approx([0.3, 0.3, 0.3, 0.06, 0.06, 0.012, 0.012])
     assert schedule.step_decay(9, base_lr=0.3, boundaries=[], factor=0.2) == 0.3
+    rates = [schedule.step_decay(t, base_lr=0.3, boundaries=[3, 5], factor=[0.5, 0.2]) for t in (3, 4, 5, 6)]
+    assert rates == pytest.approx([0.3, 0.15, 0.15, 0.03])
 
 
 def test_lambda_lr_starts_at_the_first_update_and_may_look_past_the_last():
@@ -97,6 +99,7 @@ STEPS = {"base_lr": 0.5, "boundaries": [3, 5], "factor": 0.1}
         (schedule.constant, {"peak_lr": 0.5, "warmup_updates": -2}, "warmup_updates must be at least 0, got -2"),
         (schedule.step_decay, STEPS | {"boundaries": [5, 5]}, r"strictly rising, got \[5, 5\]"),
         (schedule.step_decay, STEPS | {"boundaries": [0, 5]}, r"at least 1, strictly rising, got \[0, 5\]"),
+        (schedule.step_decay, STEPS | {"factor": [0.5]}, r"one number, or one for each of 2 boundaries, got \[0.5\]"),
         (schedule.step_decay, STEPS | {"factor": 0}, "factor must be above 0 and at most 1, got 0"),
         (schedule.step_decay, STEPS | {"base_lr": -1}, "base_lr must be finite and at least 0, got -1"),
     ],

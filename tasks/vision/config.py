@@ -1,0 +1,145 @@
+"""The options of a vision run; presets are named values that any option overrides."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from tasks.cli.errors import UserError
+from tasks.cli.options import check_least, flag, option
+from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
+from tasks.vision.presets import DATA, PRESETS
+
+AutoAugment = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
+Pipeline = Literal["auto", "device", "workers"]
+
+_LEAST = {
+    "batch_size": 1, "image_size": 1, "corpus_seed": 0, "train_images": 1, "valid_images": 1, "crop_padding": 0,
+    "cutout_size": 1, "ghost_batch_size": 2, "eval_batch_size": 1,
+}  # fmt: skip
+_AT_LEAST_0 = ("momentum", "weight_decay", "mixup_alpha", "warmup_epochs", "learning_rate")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Options of `scripts/train_vision.py` beside those of every run; the defaults are the preset "generated".
+
+    The other presets are rows of Table 2 and the shortened and large-batch regimes of Hoffer et al. 2020, each with its
+    M. The batch counts images before they are repeated, and the rate does not move with M unless --lr-power says so.
+    """
+
+    preset: str = option("generated", "named values for all other options; an option that is given overrides it")
+
+    # data
+    data: str | None = option(
+        None,
+        "folder of a CIFAR-10 or CIFAR-100 python archive, of class folders (train/CLASS/*, test/CLASS/*) or of "
+        "save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+    )
+    corpus_seed: int = option(0, "seed of the drawn images, the test images too")
+    train_images: int | None = option(None, "train on so many images, equally many of each class; all by default")
+    valid_images: int = option(1_000, "images held out of training where the data has no validation split")
+    on_corrupt: str = option("refuse", "what becomes of an image that cannot be decoded: refuse, or skip and count")
+
+    # network
+    network: str = option("resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME")
+    ghost_batch_size: int | None = option(
+        None, "normalise batches in blocks of so many images, all of one copy; by default a copy's whole batch"
+    )
+
+    # the transform T
+    image_size: int | None = option(None, "height and width that the network sees; by default those of the data")
+    crop_padding: int = option(4, "pad with so many black pixels and crop at random; 0 does not")
+    random_resized_crop: bool = option(False, "crop an area of 8 to 100 per cent, and resize it")
+    flip: bool = option(True, "mirror every other image, left to right")
+    auto_augment: str = option("none", f"a policy of torchvision's: {', '.join(get_args(AutoAugment))}")
+    cutout: bool = option(True, "Cutout: a black square at random")
+    cutout_size: int = option(16, "side of Cutout's square, in pixels")
+    mixup_alpha: float = option(0.0, "mixup with proportions from Beta(a, a), drawn for each copy; 0 does not")
+    pipeline: str = option(
+        "auto",
+        "where T runs: device, on whole batches of a data set that lies there as one tensor (crop with padding, flip "
+        "and Cutout alone); workers, image by image; auto takes device where it can",
+    )
+
+    # optimisation
+    batch_size: int = option(64, "B, unique images of a rank's batch, before repetition")
+    epochs: float | None = option(None, "end after so many epochs of unique images, where --max-updates are not done")
+    learning_rate: float = option(0.1, "peak of the rate; it does not move with M")
+    lr_power: float = option(0.0, "multiply the rate by M to this power")
+    lr_drops: list[float] = field(
+        default_factory=lambda: [12.0, 17.0], metadata={"help": "epochs after which the rate drops"}
+    )
+    lr_factors: list[float] = field(
+        default_factory=lambda: [0.1], metadata={"help": "by what it is multiplied there: one for all, or one for each"}
+    )
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(1e-4, "L2 penalty of SGD")
+    weight_decay_epochs: float | None = option(None, "no L2 penalty after so many epochs")
+    decay_bias_and_norm: bool = option(False, "L2 penalty on biases and normalisation too")
+    label_smoothing: float = option(0.0, "probability spread over all classes")
+    eval_batch_size: int = option(256, "images of a batch in validation and test")
+    channels_last: bool = option(False, "channels-last memory format")
+    compile: bool = option(False, "torch.compile the network")
+
+    def __post_init__(self) -> None:
+        check_least(self, _LEAST)
+        for name in _AT_LEAST_0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label-smoothing is a probability, from 0 to below 1, got {self.label_smoothing}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"--epochs must be above 0 and finite, got {self.epochs}")
+        choices = {
+            "auto_augment": get_args(AutoAugment),
+            "pipeline": get_args(Pipeline),
+            "on_corrupt": ("refuse", "skip"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)}")
+        if any(b <= a for a, b in zip([0.0, *self.lr_drops], self.lr_drops, strict=False)):
+            raise UserError(f"--lr-drops must rise and be above 0, got {' '.join(map(str, self.lr_drops))}")
+        if len(self.lr_factors) not in (1, len(self.lr_drops)) or not all(0 < x <= 1 for x in self.lr_factors):
+            raise UserError(
+                f"--lr-factors must be one number for all of --lr-drops or {len(self.lr_drops)}, each above 0 and at "
+                f"most 1, got {' '.join(map(str, self.lr_factors))}"
+            )
+        if self.crop_padding and self.random_resized_crop:
+            raise UserError("--crop-padding and --random-resized-crop are two ways to crop; switch one of them off")
+
+
+VisionOptions: TypeAlias = TrainingOptions[VisionConfig]
+
+MAY_DIFFER_HERE = (*MAY_DIFFER, "data", "eval_batch_size")  # the images are compared by content
+
+
+def run_folder(options: VisionOptions) -> str:
+    """The run folder, where it is not named one that says network, data, M and seed."""
+    config, copies, run = options.config, options.copies, options.run
+    data = "generated" if config.data is None else Path(config.data).name.replace(":", "-")
+    return run.output_dir or f"runs/vision-{config.network.replace('/', '-')}-{data}-m{copies.ba_m}-seed{run.seed}"
+
+
+def parse_config(argv: Sequence[str] | None = None) -> VisionOptions:
+    """Options from the command line (`--ba-m` and `--ba_m` alike), over those of `--preset`.
+
+    Raises:
+        UserError: a value out of range, an unknown preset, or one that needs data and has none.
+    """
+    parser, preset = training_parser(VisionConfig, PRESETS, argv, "Train an image classifier.")
+    parser.parse_known_options(argv)  # an unknown option is named first
+    options = VisionOptions(*parser.parse_args_into_dataclasses(argv))
+    if options.config.data is None and preset != "generated":
+        root = os.environ.get("SEQBA_DATA")
+        if preset not in DATA or root is None:
+            held = f", or $SEQBA_DATA for a folder that holds {DATA[preset]}/" if preset in DATA else ""
+            raise UserError(f"--preset {preset} needs --data{held}")
+        return options.changed(data=str(Path(root, DATA[preset])))
+    return options

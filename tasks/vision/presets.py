@@ -1,0 +1,54 @@
+"""The presets of a vision run: options by name. Any option overrides them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# M, batch, regime and augmentation of Table 2 (Hoffer et al. 2020) and of the papers it cites; epochs as published.
+# 5 000 images of a CIFAR training set are held out: no checkpoint is chosen on the test set.
+_CIFAR: dict[str, Any] = {
+    "max_updates": 10_000_000, "valid_images": 5_000, "crop_padding": 4, "flip": True, "cutout": True,
+    "cutout_size": 16,
+}  # fmt: skip
+_RESNET44 = _CIFAR | {
+    "network": "resnet44", "ba_m": 40, "batch_size": 64, "epochs": 100.0, "learning_rate": 0.1, "weight_decay": 1e-4,
+    "lr_drops": [81.0, 122.0, 164.0], "lr_factors": [0.1],
+}  # fmt: skip
+_VGG16 = _CIFAR | {
+    "network": "vgg16-cifar", "ba_m": 32, "batch_size": 128, "epochs": 200.0, "learning_rate": 0.1,
+    "weight_decay": 5e-4, "decay_bias_and_norm": True, "lr_drops": [60.0, 120.0, 160.0], "lr_factors": [0.2],
+}  # fmt: skip
+_IMAGENET: dict[str, Any] = {
+    "max_updates": 10_000_000,
+    "image_size": 224, "crop_padding": 0, "random_resized_crop": True, "flip": True, "cutout": False, "ba_m": 4,
+    "batch_size": 256, "learning_rate": 0.1, "weight_decay": 1e-4, "decay_bias_and_norm": True, "epochs": 90.0,
+    "lr_drops": [30.0, 60.0, 80.0], "lr_factors": [0.1], "num_workers": 8, "valid_images": 10_000,
+}  # fmt: skip
+_RESNET50 = _IMAGENET | {"network": "torchvision/resnet50"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "generated": {},
+    "resnet44-cifar10": _RESNET44,
+    "resnet44-cifar100": _RESNET44,
+    # half of the iterations: the paper has a larger rate and faster drops, and does not say which
+    "resnet44-cifar10-23-epochs": _RESNET44 | {
+        "ba_m": 10, "epochs": 23.0, "learning_rate": 0.2, "lr_drops": [15.0, 20.0],
+    },
+    "vgg16-cifar10": _VGG16,
+    "vgg16-cifar100": _VGG16,
+    "alexnet-imagenet": _IMAGENET | {
+        "network": "torchvision/alexnet", "ba_m": 8, "epochs": 30.0, "learning_rate": 0.01, "weight_decay": 5e-4,
+        "weight_decay_epochs": 15.0, "lr_drops": [10.0, 15.0, 20.0, 25.0], "lr_factors": [0.5, 0.2, 0.5, 0.2],
+    },
+    "mobilenet-imagenet": _IMAGENET | {"network": "mobilenet-v1"},
+    "resnet50-imagenet": _RESNET50,
+    "resnet50-imagenet-40-epochs": _RESNET50 | {"epochs": 40.0, "lr_drops": [30.0, 35.0]},
+    "resnet50-imagenet-23-epochs": _RESNET50 | {"epochs": 23.0, "lr_drops": [15.0, 20.0, 22.0]},
+    # B = 8192 on all ranks: as many as there are, times --batch-size, times --accumulation
+    "resnet50-imagenet-large-batch": _RESNET50 | {
+        "batch_size": 64, "accumulation": 128, "learning_rate": 3.2, "warmup_epochs": 5.0, "ghost_batch_size": 32,
+    },
+}  # fmt: skip
+
+# The folder below $SEQBA_DATA that is taken where --data is not given.
+DATA = {"resnet44-cifar10": "cifar10", "resnet44-cifar10-23-epochs": "cifar10", "vgg16-cifar10": "cifar10"}
