@@ -33,8 +33,8 @@ class PerplexityConfig:
     split: str | None = option(None, "train, valid or test (by default) of a --data that is no file")
     line_end: str = option(
         AUTO,
-        'the token of a line end: newline, the tokenizer\'s own of "\\n"; eos, its end-of-sequence token; auto, newline '
-        "where the tokenizer gives it back when it decodes, else eos",
+        'the token of a line end: newline, the tokenizer\'s own of "\\n"; eos, its end-of-sequence token; auto, newline'
+        " where the tokenizer gives it back when it decodes, else eos",
     )
 
     # windows

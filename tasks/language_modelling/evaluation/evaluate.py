@@ -100,8 +100,8 @@ def _load(config: PerplexityConfig, name: str, path: str, text: Text) -> Scorer:
     model, tokenizer = load_causal(path, name)
     if config.mc_dropout and not model.is_random():
         raise UserError(
-            f"--mc-dropout {config.mc_dropout}: the model {name} drops nothing out (its dropout probabilities are 0), so "
-            f"{config.mc_dropout} masks would be {config.mc_dropout} times the same; leave the option out"
+            f"--mc-dropout {config.mc_dropout}: the model {name} drops nothing out (its dropout probabilities are 0), "
+            f"so {config.mc_dropout} masks would be {config.mc_dropout} times the same; leave the option out"
         )
     limit = model.max_positions
     length = config.max_length or (_CARRIED if model.is_recurrent else limit)
@@ -114,8 +114,8 @@ def _load(config: PerplexityConfig, name: str, path: str, text: Text) -> Scorer:
     stride = config.stride or length
     if stride > length:
         raise UserError(
-            f"--stride {stride} is more than the {length} tokens that the model {name} reads at once: those between two "
-            "windows would not be scored"
+            f"--stride {stride} is more than the {length} tokens that the model {name} reads at once: those between "
+            "two windows would not be scored"
         )
     tokens = encode(text, tokenizer, config.line_end)
     masks = f"; {config.mc_dropout} dropout masks, drawn anew in each window" if config.mc_dropout else ""
@@ -150,8 +150,8 @@ def _score(
         torch.cuda.empty_cache()
     if bad := np.count_nonzero(~np.isfinite(nats)):
         raise UserError(
-            f"--model {name}: the probabilities of {bad:,} of {len(nats):,} tokens are 0 or no number at all, so it has "
-            "no perplexity; its weights are damaged, or --mixed-precision is too coarse for it"
+            f"--model {name}: the probabilities of {bad:,} of {len(nats):,} tokens are 0 or no number at all, so it "
+            "has no perplexity; its weights are damaged, or --mixed-precision is too coarse for it"
         )
     return nats, seconds
 

@@ -35,9 +35,9 @@ def score_tokens(
 
         p(y_t | y_<t) = 1/N * sum_n p_n(y_t | y_<t)
 
-    Each mask is a pass of its own, with a state of its own through the text where the model carries one; draws come from
-    torch's global generator, anew in each batch of windows, and LayerDrop stays off, as in the translation task. The
-    batches of a model without a state are shared out among the ranks.
+    Each mask is a pass of its own, with a state of its own through the text where the model carries one. Draws come
+    from torch's global generator, anew in each batch of windows, and LayerDrop stays off, as in the translation task.
+    The batches of a model without a state are shared out among the ranks.
 
     Args:
         accelerator: precision, device and ranks.

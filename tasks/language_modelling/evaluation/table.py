@@ -10,8 +10,8 @@ from tasks.scoring.table import align
 def format_text(counts: Mapping[str, Any]) -> str:
     """What the text has of each unit."""
     return (
-        f"{counts['called']}: {counts['lines']:,} lines; {counts['bytes']:,} bytes of UTF-8, a line end counted as one; "
-        f"{counts['words']:,} words between white space, each line end counted as one more"
+        f"{counts['called']}: {counts['lines']:,} lines; {counts['bytes']:,} bytes of UTF-8, a line end counted as "
+        f"one; {counts['words']:,} words between white space, each line end counted as one more"
     )
 
 
@@ -23,8 +23,8 @@ def format_figures(models: Mapping[str, Mapping[str, Any]]) -> str:
     """
     rows = [["model", "tokens", "nats/token", "perplexity", "bits/byte", "word perplexity", "seconds"]]
     notes = [
-        "nats/token and perplexity are of the model's own tokens, line ends counted: compare them between models of one "
-        "vocabulary",
+        "nats/token and perplexity are of the model's own tokens, line ends counted: compare them between models of "
+        "one vocabulary",
         "bits/byte and word perplexity are of the text's bytes and words, line ends counted: they compare any models",
     ]
     for name, one in models.items():
@@ -35,8 +35,8 @@ def format_figures(models: Mapping[str, Mapping[str, Any]]) -> str:
         notes.append(f"{name}: read {one['reading']}; line ends are {one['line_end']}")
         if one["unknown"]:
             notes.append(
-                f"{name}: {one['unknown']:,} tokens stand for words outside of its vocabulary, of which only that they are "
-                "unknown is scored: its bits/byte and word perplexity are too low to compare"
+                f"{name}: {one['unknown']:,} tokens stand for words outside of its vocabulary, of which only that they "
+                "are unknown is scored: its bits/byte and word perplexity are too low to compare"
             )
         if one["dropped"]:
             notes.append(f"{name}: {one['dropped']:,} characters beside white space are in no token of its tokenizer")

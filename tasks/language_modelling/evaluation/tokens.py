@@ -75,8 +75,8 @@ def encode(text: Text, tokenizer: PreTrainedTokenizerBase, line_end: str = AUTO)
         for number, row in enumerate(rows, start=1):
             if end in row:
                 raise DataError(
-                    f"{text.called}, line {number} holds {tokenizer.eos_token!r}, which --line-end eos puts at the end of "
-                    "every line; change the text, or give --line-end newline"
+                    f"{text.called}, line {number} holds {tokenizer.eos_token!r}, which --line-end eos puts at the end "
+                    "of every line; change the text, or give --line-end newline"
                 )
         rows = [[*row, end] for row in rows]
     ids = np.concatenate([np.array(row, np.int64) for row in rows])
@@ -144,6 +144,6 @@ def _dropped(pieces: Sequence[str], encoded: Any, text: Text, tokenizer: PreTrai
 
 def _outside(text: Text, number: int, part: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
     return DataError(
-        f"{text.called}, line {number}: {part!r} is not in the vocabulary of the model's {type(tokenizer).__name__}, which "
-        "has no unknown token; replace it"
+        f"{text.called}, line {number}: {part!r} is not in the vocabulary of the model's {type(tokenizer).__name__}, "
+        "which has no unknown token; replace it"
     )
