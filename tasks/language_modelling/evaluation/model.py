@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from seqba.loss import IGNORE_INDEX
 from tasks.cli.errors import UserError
 from tasks.decoding.mc_dropout import dropout_on
-from tasks.models.pretrained import load_config_and_tokenizer, load_weights
+from tasks.models.pretrained import explaining, load_config_and_tokenizer, load_weights
 
 _PROBED = 8  # tokens on which a model is tried
 _MAX_LOGITS = 2**24  # numbers at once, 64 MB in float32
@@ -44,7 +44,8 @@ class CausalModel:
         self.is_recurrent = False
         with torch.inference_mode():
             rows = self._probe()
-            logits = self._run(model, rows).logits
+            with explaining(f"--model {called}: its {type(model).__name__} cannot be run on token ids alone"):
+                logits = self._run(model, rows).logits
             if not _is_close(logits[0, :-1], logits[1, :-1], logits):
                 raise UserError(
                     f"--model {called}: what this {type(model).__name__} predicts at a position depends on the tokens "
@@ -56,8 +57,8 @@ class CausalModel:
     @property
     def max_positions(self) -> int | None:
         """How many tokens it takes at once, where there is a limit."""
-        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit and limit > 0 else None
 
     def nats(self, input_ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """-log p of each label that is not -100, in nats, and the state after the inputs.
@@ -137,5 +138,6 @@ def load_causal(path: str, called: str) -> tuple[CausalModel, PreTrainedTokenize
 
 def _is_close(x: Tensor, y: Tensor, scale: Tensor) -> bool:
     """Equal but for rounding."""
-    limit = torch.finfo(scale.dtype).eps ** 0.5 * scale.abs().max()
+    rounding = max(torch.finfo(scale.dtype).eps, torch.finfo(torch.float32).eps)  # some keep a part in float32
+    limit = rounding**0.5 * scale.abs().max()
     return bool((x - y).abs().max() <= limit) if x.numel() else True

@@ -65,12 +65,16 @@ def encode(text: Text, tokenizer: PreTrainedTokenizerBase, line_end: str = AUTO)
         )
     pieces = [f"{line}\n" for line in text.lines] if line_end == NEWLINE else list(text.lines)
     in_one_piece = line_end == NEWLINE and tokenizer.is_fast
-    encoded = _encode_all(["".join(pieces)] if in_one_piece else pieces, text, tokenizer)
+    if in_one_piece:
+        pieces = ["".join(pieces)]
+    encoded = _encode_all(pieces, text, tokenizer)
     rows, unknown = encoded["input_ids"], 0
     if tokenizer.unk_token_id is not None:
         written = sum(line.count(str(tokenizer.unk_token)) for line in text.lines)
         unknown = max(0, sum(row.count(tokenizer.unk_token_id) for row in rows) - written)
-    dropped = _dropped(["".join(pieces)] if in_one_piece else pieces, encoded, text, tokenizer)
+    dropped = _num_dropped(pieces, encoded)
+    if dropped and tokenizer.unk_token_id is None:
+        raise _outside(text, tokenizer)
     if line_end == EOS:
         for number, row in enumerate(rows, start=1):
             if end in row:
@@ -81,7 +85,7 @@ def encode(text: Text, tokenizer: PreTrainedTokenizerBase, line_end: str = AUTO)
         rows = [[*row, end] for row in rows]
     ids = np.concatenate([np.array(row, np.int64) for row in rows])
     if in_one_piece:
-        starts = np.cumsum([0, *map(len, pieces[:-1])])
+        starts = np.cumsum([0, *(len(line) + 1 for line in text.lines[:-1])])
         lines = np.searchsorted(starts, [start for start, _ in encoded["offset_mapping"][0]], side="right") - 1
     else:
         lines = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -116,34 +120,33 @@ def _encode_all(pieces: Sequence[str], text: Text, tokenizer: PreTrainedTokenize
     """All pieces; a word that the tokenizers library refuses is named with its line."""
     try:
         return _call(tokenizer, pieces)
-    except Exception:  # the library knows no type of its own
-        for number, line in enumerate(text.lines, start=1):
-            for word in line.split():
-                try:
-                    _call(tokenizer, [word])
-                except Exception as error:
-                    raise _outside(text, number, word, tokenizer) from error
-        raise
+    except Exception as error:  # the library knows no type of its own
+        raise _outside(text, tokenizer) from error
 
 
-def _dropped(pieces: Sequence[str], encoded: Any, text: Text, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many characters belong to no token, white space aside; without an unknown token the first is refused."""
+def _num_dropped(pieces: Sequence[str], encoded: Any) -> int:
+    """How many characters belong to no token, white space aside; 0 where a tokenizer knows no offsets."""
     count = 0
-    for number, (piece, offsets) in enumerate(zip(pieces, encoded.get("offset_mapping", ()), strict=False), start=1):
-        spans = np.array(offsets, np.int64).reshape(-1, 2)
-        changes = np.bincount(spans[:, 0], minlength=len(piece) + 1) - np.bincount(
-            spans[:, 1], minlength=len(piece) + 1
-        )
-        bare = [i for i in np.flatnonzero(np.cumsum(changes)[: len(piece)] == 0) if not piece[i].isspace()]
-        if bare and tokenizer.unk_token_id is None:
-            before = piece.count("\n", 0, bare[0])  # a piece of many lines is the whole text
-            raise _outside(text, number + before, piece[bare[0]], tokenizer)
-        count += len(bare)
+    for piece, offsets in zip(pieces, encoded.get("offset_mapping", ()), strict=False):
+        spans, size = np.array(offsets, np.int64).reshape(-1, 2), len(piece) + 1
+        depth = np.cumsum(np.bincount(spans[:, 0], minlength=size) - np.bincount(spans[:, 1], minlength=size))
+        count += sum(not piece[i].isspace() for i in np.flatnonzero(depth[:-1] == 0))
     return count
 
 
-def _outside(text: Text, number: int, part: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
+def _outside(text: Text, tokenizer: PreTrainedTokenizerBase) -> DataError:
+    """The first word that the tokenizer refuses, or of which it drops a part."""
+    words = ((number, word) for number, line in enumerate(text.lines, start=1) for word in line.split())
+    number, word = next((place for place in words if not _is_kept(place[1], tokenizer)), (0, ""))
+    place = f", line {number}: {word!r}" if number else ": a word"
     return DataError(
-        f"{text.called}, line {number}: {part!r} is not in the vocabulary of the model's {type(tokenizer).__name__}, "
-        "which has no unknown token; replace it"
+        f"{text.called}{place} is not in the vocabulary of the model's {type(tokenizer).__name__}, which has no "
+        "unknown token; replace it"
     )
+
+
+def _is_kept(word: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        return not _num_dropped([word], _call(tokenizer, [word]))
+    except Exception:  # as in `_encode_all`
+        return False

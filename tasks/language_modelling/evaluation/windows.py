@@ -45,8 +45,8 @@ def overlapping_windows(num_tokens: int, length: int, stride: int) -> Windows:
     """Windows whose ends are `stride` apart: each scores what the one before did not reach, the first all of its own.
 
     The last one ends with the text, and begins so much earlier: a token has at least `length - stride + 1` tokens of
-    context but for the text's first ones, and no window needs padding. With `stride` = `length` the windows lie side by side,
-    as lm-evaluation-harness's rolling windows do; with 1 every token has the longest context that the model can take.
+    context but for the text's first ones, and no window needs padding. With `stride` = `length` the windows lie side by
+    side, as lm-evaluation-harness's rolling windows do; with 1 every token has the longest context there can be.
 
     >>> windows = overlapping_windows(num_tokens=10, length=4, stride=3)
     >>> windows.starts.tolist(), windows.scored_from.tolist()
