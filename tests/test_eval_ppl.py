@@ -574,6 +574,7 @@ def damaged(folder):
         (without_tokenizer, "has no tokenizer|a tokenizer cannot be loaded"),
         (with_a_larger_tokenizer, "its tokenizer has 62 pieces, the model only 61; one is another's"),
         (with_an_id_too_high, "its tokenizer has the id 61, the model only those below 61"),
+        (damaged, r"predicts no numbers \(NaN\): its weights are damaged"),
         (bert, "depends on the tokens after it, so that it is no causal language model"),
     ],
 )
@@ -622,9 +623,11 @@ def test_text_that_cannot_be_scored_is_refused(folders, text, tmp_path, run_scri
         assert message in verdict.error, verdict.error
 
 
-def test_probabilities_that_are_no_numbers_are_refused(text, tmp_path):
-    with pytest.raises(UserError, match="--model bad"):
-        evaluate("--model", damaged(tmp_path / "bad"), "--data", text)
+def test_probabilities_of_0_are_refused(folders, text, monkeypatch):
+    nats = np.where(np.arange(27) < 2, np.inf, 1.0)
+    monkeypatch.setattr(evaluation, "score_tokens", lambda *args, **more: nats)
+    with pytest.raises(UserError, match="--model words: the probabilities of 2 of 27 tokens are 0 or no number at all"):
+        evaluate("--model", folders["words"], "--data", text)
 
 
 @pytest.mark.parametrize(

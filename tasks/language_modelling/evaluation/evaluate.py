@@ -104,12 +104,12 @@ def _load(config: PerplexityConfig, name: str, path: str, text: Text) -> Scorer:
             f"so {config.mc_dropout} masks would be {config.mc_dropout} times the same; leave the option out"
         )
     limit = model.max_positions
-    length = config.max_length or (_CARRIED if model.is_recurrent else limit)
+    length = config.max_length or (min(limit or _CARRIED, _CARRIED) if model.is_recurrent else limit)
     if length is None:
         raise UserError(
             f"--model {name} names no number of positions; give --max-length, the tokens that it reads at once"
         )
-    if limit is not None and length > limit and not model.is_recurrent:
+    if limit is not None and length > limit:
         raise UserError(f"--max-length {length} is more than the {limit} positions of the model {name}")
     stride = config.stride or length
     if stride > length:

@@ -35,7 +35,7 @@ class CausalModel:
         is_recurrent: whether it takes a state and gives one back, so that a text can be read in calls of any length.
 
     Raises:
-        UserError: the model reads the tokens that it is to predict.
+        UserError: the model reads the tokens that it is to predict, or predicts none.
     """
 
     def __init__(self, model: PreTrainedModel, called: str) -> None:
@@ -46,6 +46,8 @@ class CausalModel:
             rows = self._probe()
             with explaining(f"--model {called}: its {type(model).__name__} cannot be run on token ids alone"):
                 logits = self._run(model, rows).logits
+            if bool(logits.isnan().any()):
+                raise UserError(f"--model {called} predicts no numbers (NaN): its weights are damaged")
             if not _is_close(logits[0, :-1], logits[1, :-1], logits):
                 raise UserError(
                     f"--model {called}: what this {type(model).__name__} predicts at a position depends on the tokens "
@@ -139,5 +141,5 @@ def load_causal(path: str, called: str) -> tuple[CausalModel, PreTrainedTokenize
 def _is_close(x: Tensor, y: Tensor, scale: Tensor) -> bool:
     """Equal but for rounding."""
     rounding = max(torch.finfo(scale.dtype).eps, torch.finfo(torch.float32).eps)  # some keep a part in float32
-    limit = rounding**0.5 * scale.abs().max()
-    return bool((x - y).abs().max() <= limit) if x.numel() else True
+    limit = rounding**0.5 * float(scale[scale.isfinite()].abs().max())
+    return torch.allclose(x, y, rtol=0, atol=limit)
