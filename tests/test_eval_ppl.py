@@ -286,7 +286,7 @@ def test_ten_lines_counted_by_hand(folders, text, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     said = capsys.readouterr().out
     for part in ("10 lines; 74 bytes of UTF-8, a line end counted as one; 27 words between white space, each line end",
-                 "words scores 27 tokens", "words: read in windows of 8 tokens, stride 1; line ends are </s>",
+                 "words scores 27 tokens", "words: read in windows of 8 tokens, stride 1; line ends are </s>; 2 unknown tokens",
                  "words: 2 tokens stand for words outside of its vocabulary", f"{one['perplexity']:.2f}",
                  f"{one['bits_per_byte']:.4f}", "of the model's own tokens, line ends counted"):  # fmt: skip
         assert part in said, part
@@ -496,7 +496,7 @@ def test_models_of_other_tokenizers_compare_in_bits_per_byte(folders, text, caps
     said = capsys.readouterr().out
     for part in ("minus words's", "paired bootstrap over lines (Koehn 2004), 200 resamples, seed 12345",
                  "lstm: read in one stream, its state carried; windows of 4,096 tokens",
-                 'bytes: read in windows of 16 tokens, stride 16; line ends are "\\n"'):  # fmt: skip
+                 'bytes: read in windows of 16 tokens, stride 16; line ends are "\\n"; 0 unknown'):  # fmt: skip
         assert part in said, part
 
 

@@ -32,7 +32,9 @@ def format_figures(models: Mapping[str, Mapping[str, Any]]) -> str:
             [name, f"{one['tokens']:,}", f"{one['nats_per_token']:.4f}", f"{one['perplexity']:.2f}",
              f"{one['bits_per_byte']:.4f}", f"{one['word_perplexity']:.2f}", f"{one['seconds']:.1f}"]
         )  # fmt: skip
-        notes.append(f"{name}: read {one['reading']}; line ends are {one['line_end']}")
+        notes.append(
+            f"{name}: read {one['reading']}; line ends are {one['line_end']}; {one['unknown']:,} unknown tokens"
+        )
         if one["unknown"]:
             notes.append(
                 f"{name}: {one['unknown']:,} tokens stand for words outside of its vocabulary, of which only that they "
