@@ -286,7 +286,8 @@ def test_ten_lines_counted_by_hand(folders, text, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     said = capsys.readouterr().out
     for part in ("10 lines; 74 bytes of UTF-8, a line end counted as one; 27 words between white space, each line end",
-                 "words scores 27 tokens", "words: read in windows of 8 tokens, stride 1; line ends are </s>; 2 unknown tokens",
+                 "words scores 27 tokens",
+                 "words: read in windows of 8 tokens, stride 1; line ends are </s>; 2 unknown tokens",
                  "words: 2 tokens stand for words outside of its vocabulary", f"{one['perplexity']:.2f}",
                  f"{one['bits_per_byte']:.4f}", "of the model's own tokens, line ends counted"):  # fmt: skip
         assert part in said, part
@@ -498,6 +499,20 @@ def test_models_of_other_tokenizers_compare_in_bits_per_byte(folders, text, caps
                  "lstm: read in one stream, its state carried; windows of 4,096 tokens",
                  'bytes: read in windows of 16 tokens, stride 16; line ends are "\\n"; 0 unknown'):  # fmt: skip
         assert part in said, part
+
+
+def test_lines_are_compared_by_the_tokens_that_they_hold(folders, text, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        evaluation, "paired_bootstrap", lambda amounts, sizes, **_: seen.update(amounts, sizes=sizes) or []
+    )
+    evaluate("--model", folders["words"], folders["bytes"], "--data", text, "--stride", 1)
+    assert seen["sizes"].tolist() == [len(f"{line}\n".encode()) for line in LINES]
+    for name, model in (("words", tiny_gpt2()), ("bytes", tiny_gpt2(vocab_size=290, positions=16))):
+        tokens = encode(read_text(str(text), None), word_tokenizer() if name == "words" else byte_tokenizer())
+        nats = slow_nats(model, tokens, lambda i, size=model.config.n_positions: size)
+        want = [nats[tokens.lines == i].sum() / math.log(2) for i in range(10)]
+        np.testing.assert_allclose(seen[name], want, rtol=1e-4)
 
 
 def test_equal_models_differ_by_nothing(folders, text, tmp_path):

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from tasks.cli.errors import UserError, writing
 from tasks.cli.files import write_json
 from tasks.cli.machine import MachineOptions, start_accelerator
+from tasks.cli.options import flag
 from tasks.language_modelling.evaluation.config import PerplexityConfig
 from tasks.language_modelling.evaluation.model import CausalModel, load_causal
 from tasks.language_modelling.evaluation.scoring import score_tokens
@@ -60,7 +61,7 @@ def evaluate(config: PerplexityConfig, machine: MachineOptions) -> dict[str, Any
         for name in ("stride", "batch_size"):
             if getattr(config, name) is not None:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(config, name)}: the model carries a state through the text, "
+                    f"{flag(name)} {getattr(config, name)}: the model carries a state through the text, "
                     "read once from its beginning to its end; leave the option out"
                 )
     line_bytes = text.line_bytes
