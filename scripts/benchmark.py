@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import tasks.finetuning.benchmark as finetuning
+import tasks.language_modelling.benchmark as language_modelling
 from tasks.cli.errors import UserError, explained
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.cli.options import OptionParser
@@ -21,6 +22,7 @@ from tasks.translation.benchmark.config import TranslationBenchmark
 TASKS: dict[str, Any] = {
     "translation": (TranslationBenchmark, translation.MEASUREMENTS),
     "finetuning": (finetuning.FinetuningBenchmark, finetuning.MEASUREMENTS),
+    "language-modelling": (language_modelling.LanguageModelBenchmark, language_modelling.MEASUREMENTS),
 }
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import subprocess
@@ -13,9 +14,12 @@ from accelerate.state import AcceleratorState, GradientState
 
 from bad_input import call
 from seqba.step import TrainStep
+from tasks.benchmark import memory
 from tasks.benchmark.ratios import compare
+from tasks.benchmark.updates import OwnUpdates
 from tasks.cli.errors import UserError
 from tasks.finetuning import benchmark as finetuning
+from tasks.language_modelling import benchmark as language
 from tasks.run.stream import Numbered
 from tasks.text.generated.corpus import generate_corpus
 from tasks.translation import prepare
@@ -23,7 +27,8 @@ from tasks.translation.benchmark import decoding, table
 from tasks.translation.benchmark.config import ROWS, TranslationBenchmark
 from tasks.translation.benchmark.synthetic import Plan
 from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
-from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
+from tasks.translation.benchmark.updates import BareUpdates
+from tasks.translation.train import training
 
 TINY = {"width": 16, "ffn_width": 24, "num_layers": 1, "num_heads": 2}
 
@@ -88,7 +93,7 @@ def test_the_bare_loop_and_the_training_script_do_the_same_batches(config, monke
         return call(self, batches, update=update)
 
     monkeypatch.setattr(TrainStep, "__call__", spy)
-    own = OwnUpdates(config.training())
+    own = OwnUpdates(training, config.training())
     targets, _ = own.advance(3)
     own.close()
     bare = BareUpdates(config.training(), num_batches=3)
@@ -228,8 +233,8 @@ def test_the_memory_rows_are_the_peaks_of_m_copies_over_one_and_of_the_lean_loss
 
 @pytest.mark.slow
 def test_one_copy_a_pass_holds_what_one_copy_does_and_the_lean_loss_less_than_the_plain(config, monkeypatch):
-    held = functools.cache(functools.partial(table.peak_bytes, with_gaps=False))
-    monkeypatch.setattr(table, "peak_bytes", lambda plan, with_gaps: held(plan))  # four processes in place of eight
+    held = functools.cache(functools.partial(memory.peak_bytes, with_gaps=False))
+    monkeypatch.setattr(memory, "peak_bytes", lambda module, plan, with_gaps: held(module, plan))  # four, not eight
     monkeypatch.setattr(table, "Plan", functools.partial(Plan, num_samples=10, width=64, num_layers=1))
     copies, loss = table.memory(config)
     assert 0.8 < float(copies.figure) < 1.3
@@ -309,6 +314,75 @@ def test_a_row_about_the_trainer_is_an_update_with_copies_over_a_plain_one(row, 
     assert "2 pairs" in measured.detail
 
 
+# ---- language modelling
+
+
+@pytest.fixture
+def words(cache, monkeypatch):
+    """Random words of a small vocabulary, for a model that costs nothing."""
+    tiny = {"embedding_size": 6, "hidden_size": 8, "num_layers": 2, "batch_size": 3, "bptt": 9}
+    training = language.LanguageModelBenchmark.training
+    monkeypatch.setattr(
+        language.LanguageModelBenchmark, "training", lambda self, **changes: training(self, **{**tiny, **changes})
+    )
+    monkeypatch.setattr(language, "_LINES", 100)
+    yield language.LanguageModelBenchmark(vocab_size=30, cache_dir=cache, cpu=True, updates=2, pairs=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_the_bare_stack_reads_the_windows_of_the_training_script_and_is_its_model_without_dropout(words, monkeypatch):
+    seen = []
+    call = TrainStep.__call__
+
+    def spy(self, batches, *, update):
+        seen.extend(batches)
+        return call(self, batches, update=update)
+
+    monkeypatch.setattr(TrainStep, "__call__", spy)
+    own = OwnUpdates(language.training, words.training())
+    own.advance(3)
+    own.close()
+    bare = language.BareUpdates(words.training(), num_batches=3)
+    for window, batch in zip(itertools.islice(bare._windows, 3), seen, strict=True):
+        assert all(torch.equal(x, batch[name]) for name, x in window.items())
+    own_model = language.AwdLstmForCausalLM(
+        language.AwdLstmConfig(vocab_size=30, embedding_size=6, hidden_size=8, num_hidden_layers=2)
+    )
+    assert sum(p.numel() for p in bare._parameters) == own_model.num_parameters()
+    before = [parameter.detach().clone() for parameter in bare._parameters]
+    bare.advance(3)
+    assert all(not torch.equal(x, y) for x, y in zip(before, bare._parameters, strict=True))
+
+
+def test_the_rows_of_language_modelling_are_what_they_say(words, clock):
+    def seconds(step, *args, **kwargs):
+        scopes = {one.mask_scope for one in step.model.modules() if hasattr(one, "mask_scope")}
+        return {1: 3.0, 2: 9.0 if scopes == {"per_copy"} else 6.0}[len(step.plan.copies)]
+
+    clock.sets(language.BareUpdates, "_update", 2.0)
+    clock.sets(TrainStep, "__call__", seconds)
+    clock.sets(Numbered, "__getitems__", 1.0)
+    fused = dataclasses.replace(words, ba_m=2)
+    rows = [language.MEASUREMENTS[row](fused)[0].figure for row in ("bare", "fused", "scopes", "waiting")]
+    assert rows == ["2.000", "0.875", "1.429", "M=1: 25.00%"]  # a window takes a second more in the training script
+    assert tuple(language.MEASUREMENTS) == language.ROWS
+
+
+def test_the_memory_row_of_language_modelling_is_the_peak_of_eight_copies_over_one(words, monkeypatch):
+    plans = []
+
+    def peak(module, plan, *, with_gaps):
+        plans.append(plan)
+        return plan.num_copies + 12
+
+    monkeypatch.setattr(memory, "peak_bytes", peak)
+    (row,) = language.memory(words)
+    assert row.figure == f"{20 / 13:.3f}"
+    assert {plan.hidden_size for plan in plans} == {8}
+    assert torch.tensor(language.update_of(plans[0])()).isfinite()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"ba_m": 1}, "--ba-m must be at least 2"), ({"task": "speech"}, "got speech"), ({"rows": ["x"]}, "got x")],
@@ -364,7 +438,9 @@ def test_the_script_wants_a_task(monkeypatch, capsys):
     for options in ([], ["--rows", "bare", "translation"]):
         verdict = call("benchmark.py", options, monkeypatch, capsys)
         assert (verdict.status, verdict.stdout) == (1, "")
-        assert verdict.error.startswith("error: name first what to measure, one of translation, finetuning; each has a")
+        assert verdict.error.startswith(
+            "error: name first what to measure, one of translation, finetuning, language-modelling; each has a"
+        )
 
 
 def test_a_value_that_is_a_tasks_name_is_no_task(monkeypatch, capsys):

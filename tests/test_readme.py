@@ -34,8 +34,9 @@ def help_of(script, *argv):
 
 
 def test_every_option_is_one_of_the_scripts():
-    scripts = [(name,) for name in ("train_wmt.py", "eval_bleu.py", "finetune.py", "audit_masks.py", "benchmark.py")]
-    scripts += [("benchmark.py", "translation"), ("benchmark.py", "finetuning")]
+    names = ("train_wmt.py", "eval_bleu.py", "train_ptb.py", "eval_ppl.py", "finetune.py", "audit_masks.py")
+    tasks = ("translation", "finetuning", "language-modelling")
+    scripts = [*((name,) for name in names), *(("benchmark.py", task) for task in tasks)]
     known = set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 30

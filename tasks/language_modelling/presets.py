@@ -14,7 +14,9 @@ _AWD_LSTM: dict[str, Any] = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "generated": {"max_norm": 0.25, "log_every": 25, "eval_every": 100, "save_every": 100, "max_updates": 600},
+    "generated": {
+        "bptt": 35, "max_norm": 0.25, "max_updates": 600, "log_every": 25, "eval_every": 100, "save_every": 100,
+    },
     "awd-lstm-ptb": _AWD_LSTM,
     "awd-lstm-wt2": _AWD_LSTM | {
         "input_dropout": 0.65, "hidden_dropout": 0.2, "batch_size": 80,

@@ -74,6 +74,8 @@ def load_weights(
         raise UserError(
             f"--model {name}: its tokenizer has {len(tokenizer)} pieces, the model only {rows}; one is another's"
         )
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise UserError(f"--model {name}: its tokenizer has the id {highest}, the model only those below {rows}")
     return model.eval(), missing
 
 

@@ -6,12 +6,9 @@ A peak is measured in a process of its own: python -m tasks.translation.benchmar
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqba.step import TrainStep
+from tasks.benchmark.memory import measure_peak
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.models.transformer import build_model
 from tasks.translation.model import TranslationLoss, count_labels, summed_loss
@@ -79,42 +77,5 @@ def update_of(plan: Plan) -> Callable[[], float]:
     return lambda: float(step([batch], update=1).loss)
 
 
-def peak_bytes(plan: Plan, *, with_gaps: bool) -> int:
-    """The most memory that model, optimizer and two updates hold at once, in a new process.
-
-    On a GPU what torch's allocator handed out; on a processor the peak of the process's resident memory over what it
-    had before the model was made.
-
-    Args:
-        plan: what is measured.
-        with_gaps: on a processor, with the gaps that freed tensors leave in the C library's heap, which depend on the
-            library and on luck; without them every tensor of 64 KiB and more is given back when it is freed.
-    """
-    heap = {} if with_gaps else {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # glibc's
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(plan))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **heap})
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {plan} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
-
-
-def _measure(plan: Plan) -> int:
-    on_gpu = torch.cuda.is_available() and not plan.cpu
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = 0 if on_gpu else _resident("VmRSS")
-    update = update_of(plan)
-    for _ in range(2):
-        update()
-    return torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 if __name__ == "__main__":
-    print(_measure(Plan(**json.loads(sys.argv[1]))))
+    print(measure_peak(update_of, Plan(**json.loads(sys.argv[1]))))

@@ -11,21 +11,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tasks.benchmark.memory import compare_peaks
 from tasks.benchmark.ratios import Row, compare, compare_seconds
+from tasks.benchmark.updates import OwnUpdates, fused_over_single, share_waiting
 from tasks.text.encoding import LineEncoder
 from tasks.text.tokenizer import load_tokenizer, train_tokenizer
+from tasks.translation.benchmark import synthetic
 from tasks.translation.benchmark.config import TranslationBenchmark
 from tasks.translation.benchmark.decoding import decoding
-from tasks.translation.benchmark.synthetic import Plan, peak_bytes, update_of
+from tasks.translation.benchmark.synthetic import Plan, update_of
 from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
-from tasks.translation.benchmark.updates import BareUpdates, OwnUpdates
+from tasks.translation.benchmark.updates import BareUpdates
 from tasks.translation.data import encode_pairs
-from tasks.translation.train import read_corpus
+from tasks.translation.train import read_corpus, training
 
 
 def trainer(config: TranslationBenchmark) -> list[Row]:
     """Target tokens a second of the training script over `Seq2SeqTrainer`, both with M = 1."""
-    own, theirs = OwnUpdates(config.training()), Seq2SeqTrainerUpdates(config.training())
+    own, theirs = OwnUpdates(training, config.training()), Seq2SeqTrainerUpdates(config.training())
     theirs.tune()
     own.advance(2)
 
@@ -50,9 +53,8 @@ def trainer(config: TranslationBenchmark) -> list[Row]:
 
 def bare(config: TranslationBenchmark) -> list[Row]:
     """The training script against a bare loop on the same batches, prepared."""
-    training = config.training()
-    own = OwnUpdates(training)
-    loop = BareUpdates(training, num_batches=(config.pairs + 2) * config.updates)
+    own = OwnUpdates(training, config.training())
+    loop = BareUpdates(config.training(), num_batches=(config.pairs + 2) * config.updates)
     ratio = compare(lambda: loop.advance(config.updates), lambda: own.advance(config.updates), pairs=config.pairs)
     own.close()
     return [ratio.row("speed over a bare PyTorch loop on prepared tensors, M=1", "0.97")]
@@ -60,68 +62,42 @@ def bare(config: TranslationBenchmark) -> list[Row]:
 
 def fused(config: TranslationBenchmark) -> list[Row]:
     """One fused update of M copies against M updates of one, on the same text and batches."""
-    num_copies = config.ba_m
-    many = OwnUpdates(config.training(ba_m=num_copies, copies_per_pass=num_copies))
-    one = OwnUpdates(config.training())
-    count = max(1, config.updates // num_copies)
-    ratio = compare(lambda: many.advance(count), lambda: one.advance(count * num_copies), pairs=config.pairs, warm_up=1)
-    many.close()
-    one.close()
-    return [
-        ratio.row(
-            f"an update with fused M={num_copies} over {num_copies} updates with M=1 of the same B", "at most 1.0"
-        )
-    ]
+    many = OwnUpdates(training, config.training(ba_m=config.ba_m, copies_per_pass=config.ba_m))
+    return fused_over_single(config, many, OwnUpdates(training, config.training()), "at most 1.0")
 
 
 def waiting(config: TranslationBenchmark) -> list[Row]:
     """The share of an update in which the loop waits for its batches, in one run with M = 1 and one with M = 8."""
-    shares = []
-    for num_copies in (1, 8):
-        own = OwnUpdates(config.training(ba_m=num_copies))
-        own.advance(2)
-        waited, taken = own.stream.seconds_waited, own.stream.batches_taken
-        _, seconds = own.advance(config.updates)
-        waited, taken = own.stream.seconds_waited - waited, own.stream.batches_taken - taken
-        shares.append((num_copies, waited / seconds, 1e3 * waited / taken))
-        own.close()
-    figure = ", ".join(f"M={m}: {share:.2%}" for m, share, _ in shares)
-    detail = ", ".join(f"M={m}: mean {ms:.2f} ms a batch" for m, _, ms in shares)
-    return [Row("share of an update spent waiting for data", figure, "at most 2 %, no growth with M", detail)]
+    runs = [(m, OwnUpdates(training, config.training(ba_m=m))) for m in (1, 8)]
+    return share_waiting(config, runs, "at most 2 %, no growth with M")
 
 
 def memory(config: TranslationBenchmark) -> list[Row]:
-    """Peak memory of eight copies one after another over one, and of the lean loss over the plain one.
-
-    Each plan runs in a process of its own, once without and once with the gaps in a processor's heap.
-    """
-
-    def ratio(name: str, wanted: str, a: Plan, b: Plan) -> Row:
-        held, resident = ([peak_bytes(plan, with_gaps=with_gaps) for plan in (a, b)] for with_gaps in (False, True))
-        detail = (
-            f"a process each: {held[0] / 2**20:,.0f} MiB over {held[1] / 2**20:,.0f} MiB; with the "
-            f"gaps in a processor's heap {resident[0] / resident[1]:.3f}"
-        )
-        return Row(name, f"{held[0] / held[1]:.3f}", wanted, detail)
-
+    """Peak memory of eight copies one after another over one, and of the lean loss over the plain one."""
     one = Plan(1, 1, mixed_precision=config.mixed_precision, cpu=config.cpu)
     lean = replace(one, num_copies=4, copies_per_pass=4, vocab_size=32_000)
     name = "peak memory of fused M=4, lean loss over the plain one, V=32 000"
     return [
-        ratio("peak memory of M=8 with one copy a pass over M=1", "at most 1.1", replace(one, num_copies=8), one),
-        ratio(name, "at most 0.6", lean, replace(lean, lean=False)),
+        compare_peaks(
+            synthetic.__name__,
+            "peak memory of M=8 with one copy a pass over M=1",
+            "at most 1.1",
+            replace(one, num_copies=8),
+            one,
+        ),
+        compare_peaks(synthetic.__name__, name, "at most 0.6", lean, replace(lean, lean=False)),
     ]
 
 
 def preprocessing(config: TranslationBenchmark) -> list[Row]:
     """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
-    training = config.training().config
-    text = read_corpus(training).train
-    tokenizer = load_tokenizer(train_tokenizer(text, training.vocab_size, training.cache_dir))
+    options = config.training().config
+    text = read_corpus(options).train
+    tokenizer = load_tokenizer(train_tokenizer(text, options.vocab_size, options.cache_dir))
 
     def own() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            encode_pairs(text, tokenizer, cache_dir=Path(folder), max_length=training.max_length)
+            encode_pairs(text, tokenizer, cache_dir=Path(folder), max_length=options.max_length)
 
     def loop() -> None:
         for side, is_target in ((text.source, False), (text.target, True)):

@@ -1,10 +1,8 @@
-"""Updates to be timed: the training script's own, and a bare PyTorch loop's on the same batches."""
+"""A bare PyTorch loop on the batches of a training run, to be timed beside it."""
 
 from __future__ import annotations
 
 import itertools
-import tempfile
-import time
 
 import torch
 from torch import Tensor
@@ -15,29 +13,7 @@ from tasks.cli.machine import start_accelerator
 from tasks.run.stream import SAMPLE_IDS
 from tasks.translation.config import TranslationOptions
 from tasks.translation.model import TranslationLoss
-from tasks.translation.train import build, load_corpus, make_stream, training
-
-
-class OwnUpdates:
-    """The updates of `scripts/train_wmt.py`, in a run folder that is thrown away."""
-
-    def __init__(self, options: TranslationOptions) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._run = training(options.changed(output_dir=f"{self._folder.name}/run"))
-
-    def advance(self, count: int) -> tuple[int, float]:
-        """Do `count` updates; returns their target tokens, copies counted, and seconds, until the device is done."""
-        start, total = time.perf_counter(), 0
-        for _ in range(count):
-            result, self.stream = next(self._run)
-            total += int(result.num_targets)
-        wait_for_device()
-        return total, time.perf_counter() - start
-
-    def close(self) -> None:
-        """End the run and remove its folder."""
-        self._run.close()  # type: ignore[attr-defined]
-        self._folder.cleanup()
+from tasks.translation.train import build, load_corpus, make_stream
 
 
 class BareUpdates:

@@ -10,6 +10,7 @@ from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions
 from tasks.cli.options import OptionParser, check_least, option
 from tasks.decoding.search import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
+from tasks.models.names import check_models
 
 _LEAST = {"num_beams": 1, "mc_dropout": 0, "num_samples_bootstrap": 1, "seed": 1, "max_tokens": 1}
 
@@ -63,10 +64,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
-        if not self.model:
-            raise UserError("--model DIR names what is evaluated; none is given")
-        if repeated := sorted({name for name in self.model if self.model.count(name) > 1}):
-            raise UserError(f"--model {repeated[0]} is given twice")
+        check_models(self.model)
         self._check_search()
         self._check_text()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -13,21 +12,20 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.cli.errors import UserError, make_folder, writing
+from tasks.cli.errors import UserError, writing
 from tasks.cli.files import write_json, write_text
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.mc_dropout import has_dropout
 from tasks.decoding.search import count_truncated, describe_other_settings, translate
+from tasks.models.names import short_names
 from tasks.models.pretrained import load_translator, use_languages
 from tasks.scoring.bleu import one_line_each, paired_bootstrap, score_all
+from tasks.scoring.folder import REMEDY, RESULTS, new_folder
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.text.parallel import OPENERS, DataError, ParallelText, read_lines
 from tasks.translation.evaluation.config import EvaluationConfig
 from tasks.translation.evaluation.table import format_bootstrap, format_scores
 from tasks.translation.prepare import read_sources, unique_names
-
-RESULTS = "results.json"
-_REMEDY = "name another folder with --output-dir"
 
 
 def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any
     Raises:
         UserError: text, models, the device or the output folder cannot be used.
     """
-    folder = _new_folder(config.output_dir)
+    folder = new_folder(config.output_dir, prefix="hyp.")
     texts = _read_texts(config)
     accelerator = start_accelerator(machine, seed=config.seed)
     systems = _load_systems(config)
@@ -52,7 +50,7 @@ def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any
     if not accelerator.is_main_process:
         return {}
     results: dict[str, Any] = {"options": {**asdict(config), **asdict(machine)}, "models": {}, "tests": {}}
-    for name, path in system_names(config.model).items():
+    for name, path in short_names(config.model).items():
         results["models"][name] = about = {"model": path, "decoding": _describe_search(config, systems[name][0])}
         accelerator.print(f"{name}: {about['model']}; {about['decoding']}")
     for test, text in texts.items():
@@ -63,35 +61,10 @@ def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any
     if folder is None:
         accelerator.print("\nno --output-dir: translations and scores are not kept")
     else:
-        with writing(folder / RESULTS, remedy=_REMEDY):
+        with writing(folder / RESULTS, remedy=REMEDY):
             write_json(folder / RESULTS, results)
         accelerator.print(f"\n{folder}: {RESULTS}, hyp.*.txt")
     return results
-
-
-def system_names(models: Sequence[str]) -> dict[str, str]:
-    """Models by a short name each: a folder's own, its run's where it is just "model"; the full one if two are equal.
-
-    >>> system_names(["runs/m1/model", "runs/m4/model"])
-    {'m1': 'runs/m1/model', 'm4': 'runs/m4/model'}
-    """
-    short = []
-    for model in models:
-        path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-        short.append(path.parent.name if path.name == "model" and path.parent.name else path.name)
-    names = [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
-    return dict(zip(names, models, strict=True))
-
-
-def _new_folder(output_dir: str | None) -> Path | None:
-    if output_dir is None:
-        return None
-    folder = Path(output_dir)
-    make_folder(folder, remedy=_REMEDY)
-    held = [path.name for path in folder.iterdir() if path.name == RESULTS or path.name.startswith("hyp.")]
-    if held:
-        raise UserError(f"--output-dir {folder} already holds {min(held)}; name another folder, or remove it first")
-    return folder
 
 
 def _read_texts(config: EvaluationConfig) -> dict[str, ParallelText]:
@@ -116,7 +89,7 @@ def _read_texts(config: EvaluationConfig) -> dict[str, ParallelText]:
 
 def _load_systems(config: EvaluationConfig) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """All models, before one of them works for an hour."""
-    systems = {name: load_translator(path) for name, path in system_names(config.model).items()}
+    systems = {name: load_translator(path) for name, path in short_names(config.model).items()}
     codes = (config.source_code, config.target_code)
     for model, tokenizer in systems.values():
         use_languages(model, tokenizer, codes, "--source_code and --target_code")
@@ -160,7 +133,7 @@ def _translate_all(
         lines, joined = one_line_each(translations)
         file = files[name, test]
         if folder is not None and accelerator.is_main_process:
-            with writing(folder / file, remedy=_REMEDY):
+            with writing(folder / file, remedy=REMEDY):
                 write_text(folder / file, "".join(f"{line}\n" for line in lines))
         found[test] = {
             "lines": lines, "truncated": truncated, "line_ends_replaced": joined, "seconds": seconds, "file": file

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasks.scoring.table import align
+
 
 def format_scores(systems: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a system, a column a metric, and what each column's numbers are, below.
@@ -38,19 +40,3 @@ def format_bootstrap(scores: Sequence[Mapping[str, Any]]) -> str:
     signatures = {score["metric"]: score["signature"] for score in scores}
     notes = [f"paired bootstrap, {metric}: {signature}" for metric, signature in signatures.items()]
     return "\n".join([align(rows), *notes])
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one flush left, the others flush right.
-
-    >>> print(align([["model", "BLEU"], ["m4", "9.10"]]))
-    model  BLEU
-    m4     9.10
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )

@@ -1,0 +1,1 @@
+"""Everything of `scripts/eval_ppl.py`."""

@@ -1,0 +1,26 @@
+"""The folder of an evaluation: `results.json`, and what else was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.cli.errors import UserError, make_folder
+
+RESULTS = "results.json"
+REMEDY = "name another folder with --output-dir"
+
+
+def new_folder(output_dir: str | None, *, prefix: str = RESULTS) -> Path | None:
+    """Make the folder of --output-dir, where one is asked for; it may hold neither results nor files of that prefix.
+
+    Raises:
+        UserError: it holds some, or cannot be written into.
+    """
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    make_folder(folder, remedy=REMEDY)
+    held = [path.name for path in folder.iterdir() if path.name == RESULTS or path.name.startswith(prefix)]
+    if held:
+        raise UserError(f"--output-dir {folder} already holds {min(held)}; name another folder, or remove it first")
+    return folder
