@@ -1,0 +1,52 @@
+"""A classifier with its loss inside."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.vision.pipelines import Batch
+
+
+class VisionLoss(nn.Module):
+    """A classifier with its loss inside, so that one forward call (and DDP's hooks) hold both.
+
+    Args:
+        model: images (rows, C, H, W) -> logits (rows, classes).
+        label_smoothing: probability spread over all classes, in training mode only.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed nats, 0-dim, in float32, and how many images have their label first.
+
+        Args:
+            batch: `images`, `labels` (rows,), and under mixup `partner_labels` (rows,) and `proportions` (rows,): a
+                row's share of its own label.
+        """
+        logits = self.model(batch["images"]).float()
+        smoothing = self.label_smoothing if self.training else 0.0
+        labels = batch["labels"]
+        correct = (logits.argmax(1) == labels).sum()
+        if "proportions" not in batch:
+            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), correct
+        own, other = (
+            F.cross_entropy(logits, which, reduction="none", label_smoothing=smoothing)
+            for which in (labels, batch["partner_labels"])
+        )
+        return torch.lerp(other, own, batch["proportions"]).sum(), correct
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The `loss_fn` of `seqba.TrainStep` for a prepared `VisionLoss`."""
+    loss: Tensor = model(batch)[0]
+    return loss
+
+
+def count_labels(batch: Batch) -> int:
+    """The `count_fn` beside it: a target an image."""
+    return len(batch["labels"])
