@@ -42,7 +42,9 @@ class DevicePipeline:
         seed: of T.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Tensor, Tensor], Tensor], seed: int) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor, Tensor], Tensor], seed: int
+    ) -> None:
         self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
         self.dataset = range(len(images))
 
