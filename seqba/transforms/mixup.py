@@ -13,7 +13,7 @@ class Mixup:
     """x = l * x_n + (1 - l) * x_k, and the loss l * loss(y_n) + (1 - l) * loss(y_k), with l ~ Beta(alpha, alpha).
 
     Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization". As there, one proportion l is drawn for a batch;
-    with Batch Augmentation that is one copy of the batch: each copy draws its own proportion and its own partners. All B
+    with Batch Augmentation that is one copy of it: each copy draws its own proportion and its own partners. All B
     samples of a copy stand on a random ring, and the next one is a sample's partner: never itself, nor a copy of it.
 
     Args:
