@@ -1,0 +1,3 @@
+"""Image classification."""
+
+from tasks.vision.networks import build_model as build_model

@@ -1,0 +1,74 @@
+"""A classifier by its name, and its parameters in groups of equal weight decay."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from tasks.cli.errors import UserError
+from tasks.vision.networks.mobilenet import MobileNetV1
+from tasks.vision.networks.resnet_cifar import ResNetCifar
+from tasks.vision.networks.vgg_cifar import vgg16_cifar
+
+_OWN = ("resnet44", "vgg16-cifar", "mobilenet-v1")
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Make a network with new weights: images (N, 3, H, W) -> logits (N, num_classes).
+
+    Args:
+        name: `resnetD` for 32x32 images with D = 6n + 2 layers (`resnet44`), `vgg16-cifar`, `mobilenet-v1`,
+            `torchvision/NAME` or `timm/NAME`.
+        num_classes: at least 2.
+
+    Raises:
+        UserError: there is no such network, or too few classes.
+
+    >>> sum(parameter.numel() for parameter in build_model("resnet44", 10).parameters())
+    658586
+    """
+    if num_classes < 2:
+        raise UserError(f"a classifier needs at least 2 classes, got {num_classes}")
+    family, _, member = name.partition("/")
+    if family == "torchvision" and member:
+        known = torchvision.models.list_models(module=torchvision.models)
+        return _make(torchvision.models.get_model, name, member, known, num_classes)
+    if family == "timm" and member:
+        try:
+            import timm
+        except ImportError:
+            raise UserError(f"{name} needs timm: python -m pip install timm") from None
+        return _make(timm.create_model, name, member, timm.list_models(), num_classes)
+    if match := re.fullmatch(r"resnet(\d+)", name):
+        try:
+            return ResNetCifar(int(match[1]), num_classes)
+        except ValueError as error:
+            raise UserError(f"--network {name}: {error}; torchvision/{name} is for large images") from None
+    if name == "vgg16-cifar":
+        return vgg16_cifar(num_classes)
+    if name == "mobilenet-v1":
+        return MobileNetV1(num_classes)
+    raise UserError(f"there is no network {name!r}; known are {', '.join(_OWN)}, torchvision/NAME and timm/NAME")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_bias_and_norm: bool) -> list[dict[str, Any]]:
+    """The parameters for an optimizer: all with one weight decay, or biases and normalisation (one axis) with none."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if decay_bias_and_norm:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _make(make: Any, name: str, member: str, known: list[str], num_classes: int) -> nn.Module:
+    if member not in known:
+        near = difflib.get_close_matches(member, known, n=3, cutoff=0.5)
+        raise UserError(f"there is no network {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
+    model: nn.Module = make(member, num_classes=num_classes)
+    return model

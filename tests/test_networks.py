@@ -1,0 +1,110 @@
+"""Image classifiers: their sizes, what they compute, and how they are named."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tasks.cli.errors import UserError
+from tasks.vision import build_model
+from tasks.vision.networks import parameter_groups
+from tasks.vision.networks.resnet_cifar import BasicBlock
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "millions"),
+    [
+        ("resnet20", 10, 0.27),
+        ("resnet44", 10, 0.66),
+        ("resnet110", 10, 1.73),
+        ("vgg16-cifar", 10, 33.65),
+        ("mobilenet-v1", 1_000, 4.23),
+        ("torchvision/alexnet", 1_000, 61.10),
+        ("torchvision/resnet50", 1_000, 25.56),
+        ("timm/resnet18", 1_000, 11.69),
+    ],
+)
+def test_networks_have_the_published_numbers_of_parameters(name, classes, millions):
+    assert count(build_model(name, classes)) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet8", 32), ("resnet14", 24), ("vgg16-cifar", 32), ("mobilenet-v1", 64), ("torchvision/resnet18", 64)],
+)
+def test_networks_give_a_logit_a_class_and_train_every_parameter(name, size):
+    model = build_model(name, 7)
+    logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    logits.logsumexp(1).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_block_adds_what_its_shortcut_lets_through():
+    block, x = BasicBlock(4, 8, stride=2).eval(), torch.randn(2, 4, 6, 6)
+    nn.init.zeros_(block.bn2.weight)
+    want = torch.zeros(2, 8, 3, 3)
+    want[:, 2:6] = x[:, :, ::2, ::2]
+    assert torch.equal(block(x), want.relu())
+
+
+def test_a_cifar_resnet_is_the_network_of_the_paper():
+    model = build_model("resnet20", 10).eval()
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) + 1 == 20
+    shapes = []
+    for module in convolutions:
+        module.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape[1:])))
+    model(torch.randn(1, 3, 32, 32))
+    assert shapes == [(16, 32, 32)] * 7 + [(32, 16, 16)] * 6 + [(64, 8, 8)] * 6
+    assert all(module.bias is None for module in convolutions)
+
+
+def test_dropout_of_vgg_is_active_in_training_alone():
+    model, x = build_model("vgg16-cifar", 10), torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    hidden = model.features(x).flatten(1)
+    assert hidden.shape == (2, 512)
+    first = F.relu(model.classifier[0](hidden))
+    want = model.classifier[6](F.relu(model.classifier[3](first)))
+    torch.testing.assert_close(model(x), want)
+
+
+def test_biases_and_normalisation_are_a_group_without_weight_decay_unless_asked():
+    model = build_model("resnet8", 10)
+    decayed, free = parameter_groups(model, 1e-4, decay_bias_and_norm=False)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    (every,) = parameter_groups(model, 5e-4, decay_bias_and_norm=True)
+    assert len(every["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet45", r"the depth must be 6n \+ 2 .* got 45; torchvision/resnet45 is for large images"),
+        ("resnet", "there is no network 'resnet'; known are resnet44, vgg16-cifar"),
+        ("torchvision/resnet51", "there is no network 'torchvision/resnet51'; near are resnet"),
+        ("timm/resnet19", "there is no network 'timm/resnet19'; near are resnet"),
+        ("torchvision/", "there is no network 'torchvision/'"),
+    ],
+)
+def test_an_unknown_network_is_named_with_near_ones(name, message):
+    with pytest.raises(UserError, match=message):
+        build_model(name, 10)
+
+
+def test_one_class_is_refused_and_timm_is_asked_for_where_it_is_missing(monkeypatch):
+    with pytest.raises(UserError, match="at least 2 classes, got 1"):
+        build_model("resnet8", 1)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UserError, match="timm/resnet18 needs timm: python -m pip install timm"):
+        build_model("timm/resnet18", 10)
