@@ -7,105 +7,118 @@ worker, and whether the run was resumed. An image is read and decoded once an up
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqba.repeat import copy_ids
+from seqba.transforms import BatchTransform, Mixup
 from tasks.run.stream import SampleKey
+from tasks.vision.data.image_set import ImageSet
 
 Batch = dict[str, Tensor]
 
 
-class Pipeline(Protocol):
-    """What a stream of batches and a training step ask: a batch of B images, and then the copies of one pass."""
-
-    dataset: Any  # images by index, for `BatchStream`
-
-    def load(self, sample: Any, key: SampleKey) -> Any:
-        """What becomes of a sample in the loader."""
-
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """What `load` returned, as a batch with `labels` (B,)."""
-
-    def take_copies(self, batch: Batch, copies: tuple[int, ...]) -> Batch:
-        """`images` (rows, C, H, W) and `labels` (rows,) of some copies, copy-major."""
-
-
-class DevicePipeline:
-    """A data set that lies on the device as one tensor; a batch is the numbers of its images.
+class Pipeline:
+    """What a stream of batches and a training step ask for: batches of B images, and then the copies of one pass.
 
     Args:
-        images: (N, C, H, W) uint8, on the device.
-        labels: (N,), on the host.
-        transform: (images (rows, C, H, W), keys (rows, 4)) -> the transformed images.
+        images: of the training split.
         seed: of T.
+        mixup: mixes the copies of a pass.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor, Tensor], Tensor], seed: int
-    ) -> None:
-        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
-        self.dataset = range(len(images))
+    dataset: Any  # for `BatchStream`: what `load` takes, by index
 
-    def load(self, sample: int, key: SampleKey) -> SampleKey:
-        """The sample's key, which has its number."""
-        return key
+    def __init__(self, images: ImageSet, seed: int, mixup: Mixup | None) -> None:
+        self.images, self.seed, self.mixup = images, seed, mixup
 
-    def collate(self, samples: Sequence[SampleKey]) -> Batch:
-        """`labels`, `numbers` and `epochs`, each (B,)."""
-        numbers = torch.tensor([key.sample for key in samples])
-        return {
-            "labels": self.labels[numbers],
-            "numbers": numbers,
-            "epochs": torch.tensor([key.epoch for key in samples]),
-        }
+    def load(self, sample: Any, key: SampleKey) -> tuple[SampleKey, Any]:
+        """What becomes of a sample in the loader: its key, and its copies where they are made there."""
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[tuple[SampleKey, Any]]) -> Batch:
+        """`labels`, `numbers` and `epochs` of B samples, each (B,)."""
+        numbers = torch.tensor([key.sample for key, _ in samples])
+        epochs = torch.tensor([key.epoch for key, _ in samples])
+        return {"labels": self.images.labels[numbers], "numbers": numbers, "epochs": epochs}
+
+    def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
+        """The images of some copies under T, (K*B, C, H, W), copy-major."""
+        raise NotImplementedError
 
     def take_copies(self, batch: Batch, copies: tuple[int, ...]) -> Batch:
-        """The transformed images of some copies."""
-        labels, numbers, epochs = (batch[name].repeat(len(copies)) for name in ("labels", "numbers", "epochs"))
-        copy = torch.tensor(copies, device=labels.device).repeat_interleave(len(batch["labels"]))
-        keys = torch.stack([torch.full_like(copy, self.seed), epochs, numbers, copy], 1)
-        return {"images": self.transform(self.images[numbers], keys), "labels": labels}
+        """The rows of a pass, copy-major: `images` and `labels`, and what mixup adds."""
+        images, labels = self.transformed(batch, copies), batch["labels"].repeat(len(copies))
+        if self.mixup is None:
+            return {"images": images, "labels": labels}
+        key = (self.seed, int(batch["epochs"][0]), int(batch["numbers"][0]))
+        mixed, partner_labels, proportions = self.mixup(images, labels, copies, key)
+        return {"images": mixed, "labels": labels, "partner_labels": partner_labels, "proportions": proportions}
 
 
-class WorkerPipeline:
-    """Images that are decoded, and transformed M times, where the loader collates.
+class DevicePipeline(Pipeline):
+    """All images lie on the device, and T works on whole batches there; the loader hands out numbers."""
+
+    def __init__(
+        self, images: ImageSet, seed: int, mixup: Mixup | None, transform: BatchTransform, device: torch.device
+    ) -> None:
+        super().__init__(images, seed, mixup)
+        assert images.tensor is not None
+        self.dataset, self.transform, self.pixels = range(len(images)), transform, images.tensor.to(device)
+
+    def load(self, sample: int, key: SampleKey) -> tuple[SampleKey, None]:
+        """Nothing but the key."""
+        return key, None
+
+    def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
+        """Drawn by the rows' keys."""
+        numbers, epochs = (batch[name].repeat(len(copies)) for name in ("numbers", "epochs"))
+        which = torch.tensor(copies, device=numbers.device)[
+            copy_ids(len(copies), len(batch["labels"]), device=numbers.device)
+        ]
+        keys = torch.stack([torch.full_like(which, self.seed), epochs, numbers, which], 1)
+        return self.transform(self.pixels[numbers], keys)
+
+
+class WorkerPipeline(Pipeline):
+    """Images are decoded, and transformed once for each of this rank's copies, in the loader.
 
     Args:
-        dataset: {"image": (C, H, W) uint8, "label": int} by index.
-        transform: image -> transformed image, all of one size, drawing from torch's global generator.
+        images, seed, mixup: as of `Pipeline`.
+        transform: image (3, H, W) uint8 -> an image of one size, drawing from torch's global generator.
         copies: of this rank.
-        finish: (images (rows, C, H, W)) -> images, on the device.
+        finish: images (rows, C, H, W) -> images, on the device.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        images: ImageSet,
+        seed: int,
+        mixup: Mixup | None,
         transform: Callable[[Tensor], Tensor],
         copies: Sequence[int],
         finish: Callable[[Tensor], Tensor],
     ) -> None:
-        self.dataset, self.transform, self.copies, self.finish = dataset, transform, tuple(copies), finish
+        super().__init__(images, seed, mixup)
+        self.dataset, self.transform, self.copies, self.finish = images, transform, tuple(copies), finish
 
-    def load(self, sample: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """The copies of a sample, `images` (M, C, H, W), each under its own draws."""
-        images = []
+    def load(self, sample: dict[str, Any], key: SampleKey) -> tuple[SampleKey, Tensor]:
+        """The copies of an image, (M, C, H, W), each under its own draws."""
+        views = []
         for copy in self.copies:
             with key.generators(copy):
-                images.append(self.transform(sample["image"]))
-        return {"images": torch.stack(images), "labels": sample["label"]}
+                views.append(self.transform(sample["image"]))
+        return key, torch.stack(views)
 
-    def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """`images` (M, B, C, H, W) and `labels` (B,)."""
-        return {
-            "images": torch.stack([sample["images"] for sample in samples], 1),
-            "labels": torch.tensor([sample["labels"] for sample in samples]),
-        }
+    def collate(self, samples: Sequence[tuple[SampleKey, Tensor]]) -> Batch:
+        """Beside the labels, `views` (M, B, C, H, W)."""
+        return {**super().collate(samples), "views": torch.stack([views for _, views in samples], 1)}
 
-    def take_copies(self, batch: Batch, copies: tuple[int, ...]) -> Batch:
-        """The images of some copies."""
-        images = batch["images"]
+    def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
+        """Those of the views that are asked for."""
+        views = batch["views"]
         if copies != self.copies:
-            images = images[[self.copies.index(copy) for copy in copies]]
-        return {"images": self.finish(images.flatten(0, 1)), "labels": batch["labels"].repeat(len(copies))}
+            views = views[[self.copies.index(copy) for copy in copies]]
+        return self.finish(views.flatten(0, 1))

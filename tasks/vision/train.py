@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn
 
 from seqba.groups import CopyGroup
-from seqba.modules import convert_ghost_batch_norm
-from seqba.sampler import FixedBatchSampler
-from seqba.schedule import step_decay
 from seqba.step import TrainStep, UpdateResult
-from tasks.cli.errors import DataError
 from tasks.cli.machine import start_accelerator
-from tasks.models.audit import refuse_identical_copies
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
 from tasks.run.progress import Figures
 from tasks.run.stream import SAMPLE_IDS, BatchStream
-from tasks.vision.config import MAY_DIFFER_HERE, VisionConfig, VisionOptions, run_folder
-from tasks.vision.data.sources import ImageSplits, load_images
+from tasks.vision.config import MAY_DIFFER_HERE, VisionOptions, run_folder
+from tasks.vision.data.sources import load_images
 from tasks.vision.loss import VisionLoss, count_labels, summed_loss
-from tasks.vision.networks import build_model, parameter_groups
+from tasks.vision.networks import parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +58,14 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         seed=config.corpus_seed,
         train_images=config.train_images,
         valid_images=config.valid_images,
-        on_corrupt=config.on_corrupt,
+        skip_corrupt=config.on_corrupt == "skip",
     )
     group = CopyGroup.of(accelerator, copies.ba_m)
     pipeline = make_pipeline(options, accelerator, images, group.copies)
     stream = make_stream(options, accelerator, pipeline, group)
-    updates_an_epoch = len(stream.sampler) // options.run.accumulation
-    options = end_of_run(options, updates_an_epoch)
+    epoch = len(stream.sampler) // options.run.accumulation  # updates
+    if config.epochs is not None:
+        options = options.changed(max_updates=min(options.run.max_updates, max(1, round(config.epochs * epoch))))
     run = Run(
         accelerator,
         folder,
@@ -104,23 +95,37 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         copy_seed=options.run.seed if copies.reproducible_copies else None,
         take_copies=pipeline.take_copies,
     )
-    _describe(options, accelerator, images, updates_an_epoch)
+    _describe(options, accelerator, images, epoch)
     with run.writing(folder):
         accelerator.init_trackers("vision", config=None)
     run.attach(model, optimizer, data=SameData(images.fingerprint), stream=stream, step=step)
 
     # ---- the loop
-    rate = learning_rate(config, updates_an_epoch, copies.ba_m)
+    rate = learning_rate(config, epoch, copies.ba_m)
     for update in run.updates():
         batches = stream.take(options.run.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
         lr = set_learning_rate(optimizer, rate(update))
-        set_weight_decay(optimizer, config, update, updates_an_epoch)
+        set_weight_decay(optimizer, config, update, epoch)
         result = step(batches, update=update)
         run.record(update, result, sample_ids)
-        validation = evaluate(...) if run.must_validate else None
+        validation = None
+        if run.must_validate:
+            validation = evaluate(accelerator, loss_model, images.valid, views, config.eval_batch_size, "valid")
         run.log(validation, lr=lr)
         run.save_if_due()
         yield result, stream
     if run.interrupted:
         raise SystemExit(INTERRUPTED)
+
+    # ---- the result: the checkpoint with the highest validation accuracy, scored once on the test images
+    run.load_best()
+    best = run.progress.best_update or run.progress.update
+    with run.writing(folder):
+        test = evaluate(accelerator, loss_model, images.test, views, config.eval_batch_size, "test")
+        if accelerator.is_main_process:
+            save_model(folder / "model", model, config, images, made_by=describe_training(options, best), test=test)
+            draw_contact_sheet(folder / "transforms.png", pipeline, images.train, copies.ba_m)
+    run.finish(test)
+    logger.info(f"test: top-1 accuracy {test['test_accuracy']:.2%}, {test['test_loss']:.4f} nats per image")
+    logger.info(f"{run.folder}: model/, curve.png, transforms.png, results.json, metrics.jsonl")

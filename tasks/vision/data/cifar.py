@@ -1,0 +1,126 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as they are published: folders of pickled arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.cli.errors import DataError
+from tasks.vision.data.image_set import ImageSet
+
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+    ("numpy", "dtype"), ("_codecs", "encode"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One of the two: its folder, its files with their published md5, and where labels and their names are."""
+
+    folder: str
+    train: dict[str, str]
+    test: dict[str, str]
+    labels: str
+    meta: str
+    names: str
+    num_classes: int
+
+
+ARCHIVES = (
+    Archive(
+        "cifar-10-batches-py",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        {"test_batch": "40351d587109b95175f43aff81a1287e"},
+        "labels",
+        "batches.meta",
+        "label_names",
+        10,
+    ),
+    Archive(
+        "cifar-100-python",
+        {"train": "16019d7e3df5f24257cddd939b257f8d"},
+        {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        "fine_labels",
+        "meta",
+        "fine_label_names",
+        100,
+    ),
+)
+
+
+def find_archive(data: str) -> tuple[Archive, Path] | None:
+    """The archive in a folder, or that the folder is."""
+    for archive in ARCHIVES:
+        for folder in (Path(data, archive.folder), Path(data)):
+            if any(folder.glob(f"{next(iter(archive.test))}*")) and any(folder.glob(f"{next(iter(archive.train))}*")):
+                return archive, folder
+    return None
+
+
+def read_archive(archive: Archive, folder: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+    """Training images, test images, and the classes' names.
+
+    Members may be packed by xz. They are pickles, of which nothing but numpy's arrays is made.
+
+    Raises:
+        DataError: a member is missing, damaged, or not what was published.
+    """
+    train, test = (
+        _join([_read_images(archive, folder, name, md5) for name, md5 in members.items()])
+        for members in (archive.train, archive.test)
+    )
+    names = [str(name) for name in _unpickle(folder, archive.meta)[0].get(archive.names, range(archive.num_classes))]
+    return train, test, names
+
+
+def _join(parts: list[tuple[np.ndarray, list[int]]]) -> ImageSet:
+    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+    return ImageSet(images, torch.tensor([label for _, labels in parts for label in labels]))
+
+
+def _read_images(archive: Archive, folder: Path, name: str, md5: str) -> tuple[np.ndarray, list[int]]:
+    content, found = _unpickle(folder, name)
+    path = folder / name
+    if found != md5:
+        raise DataError(f"{path} is not the published file: its md5 is {found}, not {md5}; get it anew")
+    images, labels = content["data"], content[archive.labels]
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+def _unpickle(folder: Path, name: str) -> tuple[dict[str, Any], str]:
+    """A member's content, and the md5 of its bytes."""
+    plain, packed = folder / name, folder / f"{name}.xz"
+    path = plain if plain.is_file() else packed
+    try:
+        data = lzma.decompress(packed.read_bytes()) if path == packed else plain.read_bytes()
+        content = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
+        if not isinstance(content, dict):
+            raise pickle.UnpicklingError("it holds no dictionary")
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no {name} (nor {name}.xz)") from None
+    except Exception as error:  # of a damaged pickle: nearly any
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is no file of CIFAR, or damaged: {reason}") from error
+    return content, hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no array needs")
+        return super().find_class(module, name)

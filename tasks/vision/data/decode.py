@@ -1,0 +1,56 @@
+"""From an image file of any kind to red, green and blue bytes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tasks.cli.errors import DataError
+
+_SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def decode_file(path: Path) -> Tensor:
+    """Read an image file, (3, H, W) uint8.
+
+    Raises:
+        DataError: the file cannot be decoded; the message names it and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_tensor(image)
+    except Exception as error:  # of the decoders: a dozen unrelated types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be decoded: {reason}") from error
+
+
+def to_tensor(image: Any) -> Tensor:
+    """A PIL image as (3, H, W) uint8, turned as its EXIF data says.
+
+    Grey images have three equal channels. 16-bit grey keeps its upper 8 bits. What is transparent is laid over white.
+    CMYK and other colour spaces become RGB.
+
+    Raises:
+        ValueError: an image without pixels, or of floating-point numbers, whose range nobody knows.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BITS:
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of palettes with transparency, which was seen to
+        pixels = np.array(image.convert("RGB"))
+    if not pixels.size:
+        raise ValueError(f"it has no pixels: {image.size[0]} x {image.size[1]}")
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

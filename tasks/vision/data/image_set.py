@@ -1,0 +1,89 @@
+"""Images by number, decoded when they are asked for, or all of them as one tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ImageSet:
+    """One split: {"image": (3, H, W) uint8, "label": int} by index.
+
+    Args:
+        items: what `decode` turns into an image: files, rows of a data set, or images that are one tensor
+            (N, 3, H, W).
+        labels: (N,), int64.
+        decode: item -> image; None for a tensor.
+        names: of the items, for messages and the fingerprint; None for a tensor.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        labels: Tensor,
+        decode: Callable[[Any], Tensor] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.items, self.labels, self.decode, self.names = items, labels, decode, names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The image and its class."""
+        item = self.items[index]
+        return {"image": item if self.decode is None else self.decode(item), "label": int(self.labels[index])}
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """All images, (N, 3, H, W) uint8, where they are kept so."""
+        return self.items if self.decode is None else None
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """Some of the images, in the order of `indices`."""
+        chosen = indices.tolist()
+        items = self.items[indices] if self.decode is None else _take(self.items, chosen)
+        names = None if self.names is None else [self.names[i] for i in chosen]
+        return ImageSet(items, self.labels[indices], self.decode, names)
+
+    def update(self, digest: Any) -> None:
+        """Add what the split holds to a hash: pixels of a tensor, else the items' names; and all labels."""
+        digest.update(self.labels.numpy().tobytes())
+        if self.decode is None:
+            digest.update(self.items.numpy().tobytes())
+        for name in self.names or ():
+            digest.update(name.encode() + b"\0")
+
+
+def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut indices into `count` drawn ones and the rest, both in order; each class gives its share, to the image.
+
+    >>> some, rest = stratified(torch.tensor([0, 0, 0, 0, 1, 1]), count=3, seed=0)
+    >>> torch.tensor([0, 0, 0, 0, 1, 1])[some].tolist()
+    [0, 0, 1]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].sort(stable=True).indices]
+    # place i of n in its class comes at (i + 1/2) / n: the first `count` places hold each class by its share
+    sizes = torch.bincount(labels)
+    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    share = (place + 0.5) / sizes[labels[by_class]]
+    first = by_class[share.sort(stable=True).indices]
+    return first[:count].sort().values, first[count:].sort().values
+
+
+def fingerprint(splits: Sequence[ImageSet]) -> str:
+    """A name of the content of some splits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        split.update(digest)
+    return digest.hexdigest()
+
+
+def _take(items: Any, chosen: list[int]) -> Any:
+    return items.select(chosen) if hasattr(items, "select") else [items[i] for i in chosen]

@@ -1,0 +1,174 @@
+"""One call for images of any source, in three splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.cli.errors import DataError
+from tasks.text.data_sets import load_data_set
+from tasks.vision.data.cifar import find_archive, read_archive
+from tasks.vision.data.decode import to_tensor
+from tasks.vision.data.drawn import CLASSES, draw_images
+from tasks.vision.data.folders import class_folders, read_folder
+from tasks.vision.data.image_set import ImageSet, fingerprint, stratified
+
+logger = logging.getLogger(__name__)
+
+_DRAWN = {"train": 1_500, "valid": 1_000, "test": 2_000}
+_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images of `classes` in three splits; of the training and validation images `fingerprint` names the content."""
+
+    train: ImageSet
+    valid: ImageSet
+    test: ImageSet
+    classes: Sequence[str]
+    description: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal training and validation images."""
+        return fingerprint([self.train, self.valid])
+
+
+def load_images(
+    data: str | None,
+    *,
+    seed: int = 0,
+    valid_images: int = 5_000,
+    train_images: int | None = None,
+    skip_corrupt: bool = False,
+) -> ImageSplits:
+    """Read images, or draw some.
+
+    Args:
+        data: a folder of a CIFAR archive; of class folders (`train/CLASS/*`, `test/CLASS/*` and, where there is one, a
+            validation split; or `CLASS/*` alone, of which a fifth becomes the test images); of a data set that
+            `save_to_disk` wrote; or a hub id, NAME:CONFIG. None for drawn images.
+        seed: of drawn images, and of what is held out.
+        valid_images: held out of the training images where there is no validation split, each class by its share.
+        train_images: so many of the rest, each class by its share; None for all.
+        skip_corrupt: leave out images that cannot be decoded, where they are files.
+
+    Raises:
+        DataError: a split or an image is missing or damaged, or there are fewer images than are asked for.
+    """
+    train, valid, test, classes = _read(data, seed, skip_corrupt)
+    if valid is None:
+        if len(train) <= valid_images:
+            raise DataError(
+                f"{data}: {len(train):,} training images, of which --valid-images {valid_images:,} cannot be held out"
+            )
+        held_out, rest = stratified(train.labels, valid_images, seed)
+        train, valid = train.subset(rest), train.subset(held_out)
+    if train_images is not None:
+        if train_images > len(train):
+            raise DataError(
+                f"--train-images {train_images:,} is more than the {len(train):,} images to train on"
+            )
+        train = train.subset(stratified(train.labels, train_images, seed)[0])
+    name = f"drawn images of ten shapes, seed {seed}" if data is None else data
+    counts = f"{len(train):,} training, {len(valid):,} validation and {len(test):,} test images"
+    logger.info(f"{name}: {counts} of {len(classes)} classes")
+    return ImageSplits(train, valid, test, classes, f"{name}: {counts}")
+
+
+def _read(data: str | None, seed: int, skip_corrupt: bool) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
+    if data is None:
+        logger.info("no --data: training on drawn images")
+        drawn = draw_images(sum(_DRAWN.values()), seed)
+        train, valid, test = (drawn.subset(part) for part in torch.arange(len(drawn)).split(list(_DRAWN.values())))
+        return train, valid, test, CLASSES
+    if found := find_archive(data):
+        train, test, names = read_archive(*found)
+        return train, None, test, names
+    folder = Path(data)
+    if folder.is_dir() and not any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
+        return _read_folders(folder, seed, skip_corrupt)
+    return _read_data_set(data, seed)
+
+
+def _read_folders(
+    folder: Path, seed: int, skip_corrupt: bool
+) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
+    there = {split: [folder / name for name in names if (folder / name).is_dir()] for split, names in _SPLITS.items()}
+    if not there["train"]:
+        classes = class_folders(folder)
+        if len(classes) < 2:
+            raise DataError(
+                f"{folder} has neither train/CLASS/* nor CLASS/* with at least two classes, nor is it a CIFAR archive "
+                "or a saved data set; an archive of images must be unpacked first"
+            )
+        return (*_with_test(read_folder(folder, classes, skip_corrupt=skip_corrupt), None, None, seed), classes)
+    classes = class_folders(there["train"][0])
+    if len(classes) < 2:
+        raise DataError(f"{there['train'][0]} has {len(classes)} class folders; a classifier needs at least 2")
+    read = {
+        split: read_folder(found[0], classes, skip_corrupt=skip_corrupt) if found else None
+        for split, found in there.items()
+    }
+    return (*_with_test(read["train"], read["valid"], read["test"], seed), classes)
+
+
+def _with_test(
+    train: ImageSet | None, valid: ImageSet | None, test: ImageSet | None, seed: int
+) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+    """Three splits of what there is: of two, the other one is the test; of one, a fifth, each class by its share."""
+    assert train is not None
+    if test is not None:
+        return train, valid, test
+    if valid is not None:
+        return train, None, valid
+    some, rest = stratified(train.labels, len(train) // 5, seed)
+    return train.subset(rest), None, train.subset(some)
+
+
+def _read_data_set(data: str, seed: int) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
+    import datasets
+
+    name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
+    splits = load_data_set(name, config or None, called=data)
+    there = {split: next((own for own in names if own in splits), None) for split, names in _SPLITS.items()}
+    if there["train"] is None:
+        raise DataError(f"{data} has the splits {', '.join(splits)}, and none to train on")
+    columns = splits[there["train"]].features
+    images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+    if not images or not labels:
+        raise DataError(
+            f"{data} has the columns {', '.join(columns)}; it needs one of images and one of classes (ClassLabel)"
+        )
+    label = "label" if "label" in labels else labels[0]
+
+    def image_set(split: str | None) -> ImageSet | None:
+        if split is None:
+            return None
+        rows = splits[split]
+        classes = torch.tensor(rows[label])
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < columns[label].num_classes:
+            raise DataError(
+                f"{data}: the split {split} has the labels {int(classes.min())} to {int(classes.max())}, of "
+                f"{columns[label].num_classes} classes"
+            )
+        names = [f"{split} {rows._fingerprint}"] * len(rows)
+        return ImageSet(rows, classes, lambda row: _decode_row(row, images[0]), names)
+
+    train, valid, test = (image_set(there[split]) for split in _SPLITS)
+    return (*_with_test(train, valid, test, seed), columns[label].names)
+
+
+def _decode_row(row: dict[str, Any], column: str) -> Tensor:
+    try:
+        return to_tensor(row[column])
+    except Exception as error:
+        raise DataError(f"an image of the data set cannot be decoded: {error}") from error
