@@ -443,3 +443,11 @@ def test_a_count_of_targets_that_is_no_whole_number_is_refused(wrong):
     step = TrainStep(Accelerator(cpu=True), model, Kept(model), loss_fn=summed_nll, count_fn=lambda batch: wrong)
     with pytest.raises(TypeError, match="count_fn must return a whole number"):
         step([batch_for("marian")], update=1)
+
+
+def test_a_batch_in_place_of_the_list_of_batches_and_no_batch_are_refused():
+    model, batch = marian(), batch_for("marian")
+    with pytest.raises(TypeError, match=r"must be a list of the update's batches, got a .*; one batch is \[batch\]"):
+        step_gradient(model, batch)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        step_gradient(model, [])
