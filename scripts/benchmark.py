@@ -36,6 +36,7 @@ def main() -> None:
             raise UserError(f"name first what to measure, one of {', '.join(TASKS)}; each has a --help of its own")
         options_class, measurements = TASKS[name]
         parser = OptionParser(options_class, prog=f"benchmark.py {name}", allow_abbrev=False, description=__doc__)
+        parser.parse_known_options(options)  # an unknown option is named first
         (config,) = parser.parse_args_into_dataclasses(options)
         measure(config, measurements)
 

@@ -46,11 +46,17 @@ class CarriedState:
 
         Raises:
             RuntimeError: no pass is running.
-            ValueError: another number of rows a copy than before.
+            ValueError: another number of rows a copy than before, or only some of the copies have a state.
         """
         places = self._places()
-        if not all(place in self._blocks for place in places):
+        missing = [copy for batch, copy in places if (batch, copy) not in self._blocks]
+        if len(missing) == len(places):
             return self.initial(num_rows)
+        if missing:
+            raise ValueError(
+                f"no state was carried over for copies {missing} of batch {places[0][0]}, but for the other copies of "
+                "the pass; continue with the num_copies that the state is of, or `reset` it"
+            )
         blocks = [tree_flatten(self._blocks[place]) for place in places]
         joined = [torch.cat(leaves, self.dim) for leaves in zip(*(leaves for leaves, _ in blocks), strict=True)]
         for leaf in joined:

@@ -185,6 +185,8 @@ def test_state_outside_a_pass_of_other_rows_or_of_another_structure_is_refused_b
             carried.take(8)
         with pytest.raises(ValueError, match="cannot unfold"):
             carried.keep(initial(5))
+    with copies_of_pass((0, 1, 2)), pytest.raises(ValueError, match=r"for copies \[2\] of batch 0"):
+        carried.take(9)
     with pytest.raises(ValueError, match="the carried state holds 2 tensors a copy, but the model's has 1"):
         carried.load_state_dict({"0.0.0": torch.zeros(1), "0.0.1": torch.zeros(1)})
 
