@@ -43,7 +43,7 @@ def main() -> None:
 
 def measure(config: Any, measurements: dict[str, Any]) -> None:
     """Print every row as soon as it is measured."""
-    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
+    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu, config.num_threads), seed=0)
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor, {os.cpu_count()} cores"
     versions = (

@@ -60,7 +60,8 @@ class TrainStep:
         num_copies: M.
         copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same update
             again from the state it began with (`seqba.passes.PassLoop`).
-        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies.
+        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies; above 1
+            it needs `copy_seed`.
         max_norm: clip the gradient to this L2 norm; None leaves it.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy): `copy_streams`.
             None leaves dropout to torch's own generators.
@@ -91,6 +92,11 @@ class TrainStep:
     ) -> None:
         self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
         self.plan = CopyPlan(self.group.copies, copies_per_pass)
+        if ranks_per_group > 1 and copy_seed is None:
+            raise ValueError(
+                f"ranks_per_group={ranks_per_group} needs copy_seed: ranks that share a batch, and torch's seed, would "
+                "draw the same masks for their copies"
+            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
         if accelerator.gradient_accumulation_steps != 1:
