@@ -36,13 +36,14 @@ def main() -> None:
             raise UserError(f"name first what to measure, one of {', '.join(TASKS)}; each has a --help of its own")
         options_class, measurements = TASKS[name]
         parser = OptionParser(options_class, prog=f"benchmark.py {name}", allow_abbrev=False, description=__doc__)
+        parser.parse_known_options(options)  # an unknown option is named first
         (config,) = parser.parse_args_into_dataclasses(options)
         measure(config, measurements)
 
 
 def measure(config: Any, measurements: dict[str, Any]) -> None:
     """Print every row as soon as it is measured."""
-    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu), seed=0)
+    accelerator = start_accelerator(MachineOptions(config.mixed_precision, config.cpu, config.num_threads), seed=0)
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor, {os.cpu_count()} cores"
     versions = (

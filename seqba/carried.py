@@ -40,17 +40,25 @@ class CarriedState:
     def __init__(self, initial: Callable[[int], Any], *, dim: int = 1) -> None:
         self.initial, self.dim = initial, dim
         self._blocks: dict[tuple[int, int], Any] = {}  # (batch, copy) -> B rows; replaced, never written into
+        self._loaded = False  # whether all copies of all batches have a block
 
     def take(self, num_rows: int) -> Any:
         """The state of the running pass's rows: what `keep` was given for its copies, or the initial one.
 
         Raises:
             RuntimeError: no pass is running.
-            ValueError: another number of rows a copy than before.
+            ValueError: another number of rows a copy than before; or only some of the copies have a state, or of a
+                loaded state none.
         """
         places = self._places()
-        if not all(place in self._blocks for place in places):
+        missing = [copy for batch, copy in places if (batch, copy) not in self._blocks]
+        if len(missing) == len(places) and not self._loaded:
             return self.initial(num_rows)
+        if missing:
+            raise ValueError(
+                f"no state was carried over for copies {missing} of batch {places[0][0]}, but for other copies; "
+                "continue with the num_copies, ranks and batches an update that the state is of, or `reset` it"
+            )
         blocks = [tree_flatten(self._blocks[place]) for place in places]
         joined = [torch.cat(leaves, self.dim) for leaves in zip(*(leaves for leaves, _ in blocks), strict=True)]
         for leaf in joined:
@@ -62,14 +70,23 @@ class CarriedState:
         return tree_unflatten(joined, blocks[0][1])
 
     def keep(self, state: Any) -> None:
-        """Carry the state of the running pass's rows on, detached from its graph."""
+        """Carry the state of the running pass's rows on, detached from its graph.
+
+        Raises:
+            RuntimeError: no pass is running.
+            ValueError: another structure than `initial` makes, or rows that the copies do not divide.
+        """
         places = self._places()
+        found, structure = tree_flatten(state)[1], tree_flatten(self.initial(1))[1]
+        if found != structure:
+            raise ValueError(f"the state to carry is built as {found}, but the initial one as {structure}")
         for i, place in enumerate(places):
             self._blocks[place] = tree_map(lambda x, i=i: unfold(x.detach(), len(places), dim=self.dim)[i], state)
 
     def reset(self) -> None:
         """Begin again from the initial state, as at an epoch's start."""
         self._blocks.clear()
+        self._loaded = False
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the state as it is; the function returned puts it back."""
@@ -92,9 +109,9 @@ class CarriedState:
         """Continue from what `state_dict` returned.
 
         Raises:
-            ValueError: the state has another structure than `initial` makes.
+            ValueError: the state has another structure than `initial` makes, or tensors of other sizes.
         """
-        structure = tree_flatten(self.initial(1))[1]
+        own, structure = tree_flatten(self.initial(1))
         leaves: dict[tuple[int, int], dict[int, Tensor]] = {}
         for name, leaf in state.items():
             batch, copy, i = map(int, name.split("."))
@@ -104,9 +121,17 @@ class CarriedState:
                 raise ValueError(
                     f"the carried state holds {len(found)} tensors a copy, but the model's has {structure.num_leaves}"
                 )
+            for i, leaf in enumerate(own):
+                want = (*leaf.shape[: self.dim], *leaf.shape[self.dim + 1 :])
+                got = (*found[i].shape[: self.dim], *found[i].shape[self.dim + 1 :])
+                if got != want:
+                    raise ValueError(
+                        f"the carried state's tensor {i} has the sizes {got} beside its rows, but the model's {want}"
+                    )
         self._blocks = {
             place: tree_unflatten([found[i] for i in sorted(found)], structure) for place, found in leaves.items()
         }
+        self._loaded = bool(self._blocks)
 
     def _places(self) -> list[tuple[int, int]]:
         copies, batch = current_copies(), current_batch()

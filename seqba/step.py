@@ -53,16 +53,20 @@ class TrainStep:
         model: as `accelerator.prepare` returned it.
         optimizer: as `accelerator.prepare` returned it.
         loss_fn: (model, rows) -> the loss summed over the rows' targets, 0-dim.
-        count_fn: rows -> the number of those targets, such as `count_targets(rows["labels"])`. A causal model predicts
-            label t+1 at position t, so it has one target a row fewer: `count_targets(rows["labels"][:, 1:])`.
+        count_fn: batch -> the number of those targets, a whole number, such as `count_targets(batch["labels"])`. A
+            causal model predicts label t+1 at position t, so it has one target a row fewer:
+            `count_targets(batch["labels"][:, 1:])`. It is asked once for each batch, unrepeated, and every copy is
+            taken to have as many.
         num_copies: M.
         copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same update
             again from the state it began with (`seqba.passes.PassLoop`).
-        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies.
+        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies; above 1
+            it needs `copy_seed`.
         max_norm: clip the gradient to this L2 norm; None leaves it.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy): `copy_streams`.
             None leaves dropout to torch's own generators.
-        take_copies: (batch, copies) -> the rows of one pass, by default the batch repeated `len(copies)` times.
+        take_copies: (batch, copies) -> the rows of one pass, by default the batch repeated `len(copies)` times. Each
+            copy must have the targets that `count_fn` counts in the batch.
         carried: hidden states that `loss_fn` takes and keeps.
 
     Raises:
@@ -88,6 +92,11 @@ class TrainStep:
     ) -> None:
         self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
         self.plan = CopyPlan(self.group.copies, copies_per_pass)
+        if ranks_per_group > 1 and copy_seed is None:
+            raise ValueError(
+                f"ranks_per_group={ranks_per_group} needs copy_seed: ranks that share a batch, and torch's seed, would "
+                "draw the same masks for their copies"
+            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
         if accelerator.gradient_accumulation_steps != 1:
@@ -108,7 +117,7 @@ class TrainStep:
         Batches are unrepeated and on the device. Every rank must give the same number of them.
 
         Raises:
-            TypeError: `batches` is no list or tuple.
+            TypeError: `batches` is no list or tuple, or `count_fn` returned no whole number.
             ValueError: it is empty.
         """
         if not isinstance(batches, (list, tuple)):
@@ -143,7 +152,14 @@ class TrainStep:
     def _count(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, bool]:
         """The denominator, targets and samples of all ranks, and whether some rank must try its batches first."""
         device = self.accelerator.device
-        targets = sum(torch.as_tensor(self.count_fn(batch)).to(device) for batch in batches)
+        counts = [torch.as_tensor(self.count_fn(batch)) for batch in batches]
+        for count in counts:
+            if count.is_floating_point() or count.ndim:  # a fraction would be cut off the denominator
+                raise TypeError(
+                    "count_fn must return a whole number, as int or 0-dim integer tensor, got shape "
+                    f"{tuple(count.shape)} of {count.dtype}; count the targets of the batch, without weights"
+                )
+        targets = sum(count.to(device) for count in counts)
         samples = sum(count_samples(batch) or 0 for batch in batches) if self.group.counts_samples else 0
         local = torch.tensor([0, samples, int(self._loop.must_try(batches))], device=device)
         local[0] = targets * len(self.group.copies)

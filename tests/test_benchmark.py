@@ -449,6 +449,11 @@ def test_a_value_that_is_a_tasks_name_is_no_task(monkeypatch, capsys):
     assert verdict.error == "error: --task must be one of seq2seq, causal, classification, got translation"
 
 
+def test_an_option_that_no_benchmark_has_is_named_before_values_are_looked_at(monkeypatch, capsys):
+    verdict = call("benchmark.py", ["finetuning", "--bogus", "1", "--rows", "none"], monkeypatch, capsys)
+    assert verdict.error == "error: unknown option --bogus 1; --help lists them all"
+
+
 def test_the_scripts_help_names_the_tasks(monkeypatch, capsys):
     verdict = call("benchmark.py", ["--help"], monkeypatch, capsys)
     assert verdict.status == 0

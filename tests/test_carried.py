@@ -185,8 +185,20 @@ def test_state_outside_a_pass_of_other_rows_or_of_another_structure_is_refused_b
             carried.take(8)
         with pytest.raises(ValueError, match="cannot unfold"):
             carried.keep(initial(5))
+        with pytest.raises(ValueError, match=r"built as .* but the initial one as"):
+            carried.keep(torch.zeros(LAYERS, 6, WIDTH))
+    with copies_of_pass((0, 1, 2)), pytest.raises(ValueError, match=r"for copies \[2\] of batch 0"):
+        carried.take(9)
     with pytest.raises(ValueError, match="the carried state holds 2 tensors a copy, but the model's has 1"):
         carried.load_state_dict({"0.0.0": torch.zeros(1), "0.0.1": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"tensor 0 has the sizes \(2, 7\) beside its rows, but the model's \(2, 6\)"):
+        carried.load_state_dict({"0.0.0": torch.zeros(LAYERS, 3, 7)})
+    carried.load_state_dict({"0.0.0": torch.zeros(LAYERS, 3, WIDTH)})
+    with copies_of_pass((1,)), pytest.raises(ValueError, match=r"no state was carried over for copies \[1\]"):
+        carried.take(3)
+    carried.reset()
+    with copies_of_pass((1,)):
+        assert not carried.take(3)["hidden"].any()
 
 
 # ---- a group of two ranks, one after the other in this process
@@ -199,6 +211,14 @@ class OneOfTwo(Accelerator):
 
     def no_sync(self, model):
         return nullcontext()
+
+
+@pytest.mark.trap(13)
+def test_ranks_that_share_a_batch_need_streams_of_their_own():
+    model = Recurrent()
+    options = {"loss_fn": lambda *_: None, "count_fn": lambda _: 1, "num_copies": 4, "ranks_per_group": 2}
+    with pytest.raises(ValueError, match="ranks_per_group=2 needs copy_seed"):
+        TrainStep(OneOfTwo(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
 @pytest.mark.trap(10)

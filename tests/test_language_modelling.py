@@ -295,7 +295,7 @@ def test_a_run_is_not_resumed_on_another_text_or_with_other_windows(tmp_path, mo
     with pytest.raises(UserError, match="bptt"):
         run(tmp_path / "run", max_updates=8, resume=True, bptt=20)
     monkeypatch.setattr(prepare, "generated_splits", lambda seed: SPLITS | {"train": SPLITS["train"][::-1]})
-    with pytest.raises(UserError, match="the text is not the one that the run was begun with"):
+    with pytest.raises(UserError, match="the data is not what the run was begun with"):
         run(tmp_path / "run", max_updates=8, resume=True)
 
 

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_update_samples_and_checkpoint
 
 def test_an_accelerator_that_runs_ahead_names_the_update_that_failed_and_not_the_next(tmp_path, monkeypatch):
     """There a result is read one update later, so that nothing waits for the device."""
-    ahead = Run(Accelerator(cpu=True), tmp_path / "run", RunOptions(), {}, num_copies=1)
+    ahead = Run(Accelerator(cpu=True), tmp_path / "run", RunOptions(), {}, num_copies=1, figures=training.FIGURES)
     model = torch.nn.Linear(2, 3)
     ahead.attach(model, torch.optim.SGD(model.parameters()))
     monkeypatch.setattr(type(ahead.accelerator), "device", torch.device("meta"))

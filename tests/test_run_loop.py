@@ -1,5 +1,6 @@
 """`Run` knows no task: its figures, its best checkpoint, and state that is neither weights nor JSON, on a toy task."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,9 @@ from tasks.run.loop import Run
 from tasks.run.options import RunOptions
 from tasks.run.progress import Figures
 
-IMAGES = Figures(target="image", loss="loss (nats per image)", metric="accuracy", higher_is_better=True)
+IMAGES = Figures(
+    target="image", loss="loss (nats per image)", training="training", metric="accuracy", higher_is_better=True
+)
 ACCURACIES = {2: 0.25, 4: 0.75, 6: 0.5}  # the best is neither the first nor the last
 
 
@@ -75,7 +78,7 @@ def test_the_best_checkpoint_is_the_one_of_the_tasks_own_metric_in_its_own_direc
         "update-000004",
         "update-000006",
     ]
-    down, _, _, _ = run(tmp_path / "down", figures=Figures(metric="accuracy"))
+    down, _, _, _ = run(tmp_path / "down", figures=dataclasses.replace(IMAGES, higher_is_better=False))
     assert (down.progress.best_update, down.progress.best_value) == (2, 0.25)
 
 

@@ -435,3 +435,19 @@ def test_the_step_repeats_what_the_collator_would():
     for rows, copies in zip(seen, (2, 1), strict=True):
         for name, x in repeat_batch(batch, copies).items():
             assert torch.equal(rows[name], x)
+
+
+@pytest.mark.parametrize("wrong", [2.4, torch.tensor(3.0), torch.tensor([3, 4])])
+def test_a_count_of_targets_that_is_no_whole_number_is_refused(wrong):
+    model = marian()
+    step = TrainStep(Accelerator(cpu=True), model, Kept(model), loss_fn=summed_nll, count_fn=lambda batch: wrong)
+    with pytest.raises(TypeError, match="count_fn must return a whole number"):
+        step([batch_for("marian")], update=1)
+
+
+def test_a_batch_in_place_of_the_list_of_batches_and_no_batch_are_refused():
+    model, batch = marian(), batch_for("marian")
+    with pytest.raises(TypeError, match=r"must be a list of the update's batches, got a .*; one batch is \[batch\]"):
+        step_gradient(model, batch)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        step_gradient(model, [])

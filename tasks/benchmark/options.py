@@ -20,6 +20,7 @@ class BenchmarkOptions:
     mixed_precision: str = option("no", "no, bf16 or fp16, of all that is compared")
     cache_dir: str = option("runs/cache", "folder of vocabularies and preprocessed text")
     cpu: bool = option(False, "measure on the processor even where an accelerator is at hand")
+    num_threads: int | None = option(None, "threads on the processor; by default all cores")
 
     def __str__(self) -> str:
         return f"options: {asdict(self)}"
@@ -30,6 +31,6 @@ class BenchmarkOptions:
         Raises:
             UserError: it names the option, what it may be and what it is.
         """
-        check_least(self, {"ba_m": 2, "updates": 1, "pairs": 2, **least})
+        check_least(self, {"ba_m": 2, "updates": 1, "pairs": 2, "num_threads": 1, **least})
         if wrong := [row for row in self.rows if row not in known_rows]:
             raise UserError(f"--rows must be of {', '.join(known_rows)}, got {', '.join(wrong)}")

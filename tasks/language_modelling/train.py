@@ -33,7 +33,7 @@ from tasks.run.stream import SAMPLE_IDS, BatchStream
 
 logger = logging.getLogger(__name__)
 
-FIGURES = Figures(training="training (with dropout, AR and TAR)")
+FIGURES = Figures("token", "loss (nats per target token)", "training (with dropout, AR and TAR)")
 
 _AUDITED = 4  # streams on which the copies are compared
 _EVALUATED = 4_096  # tokens of a pass

@@ -39,8 +39,7 @@ class SameData:
         """Raise ValueError where the data is not what it was."""
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                "the text is not the one that the run was begun with; give that one again, or another --output-dir "
-                "for a new run"
+                "the data is not what the run was begun with; give that again, or another --output-dir for a new run"
             )
 
 

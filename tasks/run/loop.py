@@ -56,11 +56,11 @@ class Run:
         config: Mapping[str, Any],
         *,
         num_copies: int,
-        figures: Figures | None = None,
+        figures: Figures,
         may_differ: Collection[str] = (),
     ) -> None:
         self.accelerator, self.folder, self.options = accelerator, folder, options
-        self.num_copies, self.figures = num_copies, figures or Figures()
+        self.num_copies, self.figures = num_copies, figures
         self.progress = Progress()
         self.interrupted = False
         self._pending: UpdateResult | None = None  # of the newest update; reading its tensors waits for the device

@@ -18,9 +18,9 @@ class Figures:
         higher_is_better: the metric's direction.
     """
 
-    target: str = "token"
-    loss: str = "loss (nats per target token)"
-    training: str = "training (with dropout, label smoothing)"
+    target: str
+    loss: str
+    training: str
     metric: str = "valid_loss"
     higher_is_better: bool = False
 

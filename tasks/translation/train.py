@@ -24,6 +24,7 @@ from tasks.models.transformer import build_model
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
+from tasks.run.progress import Figures
 from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.translation.config import TranslationConfig, TranslationOptions, may_differ, run_folder
 from tasks.translation.data import lengths
@@ -32,6 +33,8 @@ from tasks.translation.prepare import Corpus, Texts, generate_texts, prepare, re
 from tasks.translation.result import write_result
 
 logger = logging.getLogger(__name__)
+
+FIGURES = Figures("token", "loss (nats per target token)", "training (with dropout, label smoothing)")
 
 _AUDITED = 4  # samples on which the copies are compared
 
@@ -56,7 +59,13 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
     run = Run(
-        accelerator, folder, options.run, options.as_json(), num_copies=copies.ba_m, may_differ=may_differ(config)
+        accelerator,
+        folder,
+        options.run,
+        options.as_json(),
+        num_copies=copies.ba_m,
+        figures=FIGURES,
+        may_differ=may_differ(config),
     )
 
     # ---- data and model
