@@ -20,22 +20,52 @@ def save_model_folder(
     scores: Sequence[str],
     usage: str,
 ) -> None:
-    """Write a folder that transformers' auto classes load, with its card in `README.md`.
+    """Write a folder that transformers' auto classes load, with its card (`write_card`).
 
     Args:
         folder: to write into.
         model: its generation defaults too.
         tokenizer: of the model.
+        title, languages, pipeline, made_by, scores, usage: for the card.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_card(
+        folder,
+        title=title,
+        languages=languages,
+        library="transformers",
+        pipeline=pipeline,
+        made_by=made_by,
+        scores=scores,
+        usage=usage,
+    )
+
+
+def write_card(
+    folder: Path,
+    *,
+    title: str,
+    languages: Sequence[str],
+    library: str,
+    pipeline: str,
+    made_by: Mapping[str, str],
+    scores: Sequence[str],
+    usage: str,
+) -> None:
+    """Write a model's card, `README.md`.
+
+    Args:
+        folder: of the model.
         title: what the model does.
         languages: their codes; none where they are not known.
+        library: that loads the model.
         pipeline: the hub's name of the task.
         made_by: how it was trained, by what is told.
         scores: a line each.
         usage: Python that loads the model from the folder that holds `folder`; `{folder}` stands for its name.
     """
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:\n- batch-augmentation\n- seqba"]
+    front = [f"library_name: {library}", f"pipeline_tag: {pipeline}", "tags:\n- batch-augmentation\n- seqba"]
     if languages:
         front.insert(0, "\n".join(["language:", *(f"- {language}" for language in languages)]))
     rows = "\n".join(f"| {what} | {how} |" for what, how in made_by.items())
@@ -54,7 +84,7 @@ Test:
 
 {results}
 
-The best checkpoint was chosen on the validation text. To load the model, from the folder that holds `{folder.name}`:
+The best checkpoint was chosen on the validation split. To load the model, from the folder that holds `{folder.name}`:
 
 ```python
 {usage.strip().format(folder=folder.name)}

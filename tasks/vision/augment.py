@@ -90,7 +90,7 @@ def worker_transform(config: VisionConfig, views: Views) -> Callable[[Tensor], T
 
 
 def why_not_on_device(config: VisionConfig, images: ImageSplits) -> str | None:
-    """What of T, or of the data, keeps the run from transforming whole batches on the device; None where nothing does."""
+    """What keeps the run from transforming whole batches on the device; None where nothing does."""
     if images.train.tensor is None:
         return "the images are no set of one size that is kept as one tensor"
     if config.image_size is not None:

@@ -114,6 +114,25 @@ class VisionConfig:
         if self.crop_padding and self.random_resized_crop:
             raise UserError("--crop-padding and --random-resized-crop are two ways to crop; switch one of them off")
 
+    @property
+    def is_random(self) -> bool:
+        """Whether T transforms images at random; dropout in the network is another part of it."""
+        crops = self.crop_padding > 0 or self.random_resized_crop
+        return crops or self.flip or self.cutout or self.auto_augment != "none" or self.mixup_alpha > 0
+
+    @property
+    def transform(self) -> str:
+        """T in words."""
+        parts = {
+            f"crop with {self.crop_padding} pixels of padding": self.crop_padding > 0,
+            f"random resized crop to {self.image_size}": self.random_resized_crop,
+            "flip": self.flip,
+            self.auto_augment: self.auto_augment != "none",
+            f"Cutout {self.cutout_size}": self.cutout,
+            f"mixup {self.mixup_alpha}": self.mixup_alpha > 0,
+        }
+        return ", ".join(part for part, is_on in parts.items() if is_on) or "the network's own dropout alone"
+
 
 VisionOptions: TypeAlias = TrainingOptions[VisionConfig]
 

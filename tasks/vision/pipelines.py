@@ -27,12 +27,13 @@ class Pipeline:
         images: of the training split.
         seed: of T.
         mixup: mixes the copies of a pass.
+        device: of the network.
     """
 
     dataset: Any  # for `BatchStream`: what `load` takes, by index
 
-    def __init__(self, images: ImageSet, seed: int, mixup: Mixup | None) -> None:
-        self.images, self.seed, self.mixup = images, seed, mixup
+    def __init__(self, images: ImageSet, seed: int, mixup: Mixup | None, device: torch.device) -> None:
+        self.images, self.seed, self.mixup, self.device = images, seed, mixup, device
 
     def load(self, sample: Any, key: SampleKey) -> tuple[SampleKey, Any]:
         """What becomes of a sample in the loader: its key, and its copies where they are made there."""
@@ -43,6 +44,12 @@ class Pipeline:
         numbers = torch.tensor([key.sample for key, _ in samples])
         epochs = torch.tensor([key.epoch for key, _ in samples])
         return {"labels": self.images.labels[numbers], "numbers": numbers, "epochs": epochs}
+
+    def first(self, count: int, epoch: int) -> Batch:
+        """A batch of the first images of the set, on the device."""
+        numbers = range(min(count, len(self.images)))
+        batch = self.collate([self.load(self.dataset[n], SampleKey(self.seed, epoch, n)) for n in numbers])
+        return {name: x.to(self.device) for name, x in batch.items()}
 
     def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
         """The images of some copies under T, (K*B, C, H, W), copy-major."""
@@ -62,9 +69,9 @@ class DevicePipeline(Pipeline):
     """All images lie on the device, and T works on whole batches there; the loader hands out numbers."""
 
     def __init__(
-        self, images: ImageSet, seed: int, mixup: Mixup | None, transform: BatchTransform, device: torch.device
+        self, images: ImageSet, seed: int, mixup: Mixup | None, device: torch.device, transform: BatchTransform
     ) -> None:
-        super().__init__(images, seed, mixup)
+        super().__init__(images, seed, mixup, device)
         assert images.tensor is not None
         self.dataset, self.transform, self.pixels = range(len(images)), transform, images.tensor.to(device)
 
@@ -86,7 +93,7 @@ class WorkerPipeline(Pipeline):
     """Images are decoded, and transformed once for each of this rank's copies, in the loader.
 
     Args:
-        images, seed, mixup: as of `Pipeline`.
+        images, seed, mixup, device: as of `Pipeline`.
         transform: image (3, H, W) uint8 -> an image of one size, drawing from torch's global generator.
         copies: of this rank.
         finish: images (rows, C, H, W) -> images, on the device.
@@ -97,11 +104,12 @@ class WorkerPipeline(Pipeline):
         images: ImageSet,
         seed: int,
         mixup: Mixup | None,
+        device: torch.device,
         transform: Callable[[Tensor], Tensor],
         copies: Sequence[int],
         finish: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(images, seed, mixup)
+        super().__init__(images, seed, mixup, device)
         self.dataset, self.transform, self.copies, self.finish = images, transform, tuple(copies), finish
 
     def load(self, sample: dict[str, Any], key: SampleKey) -> tuple[SampleKey, Tensor]:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
 
 from seqba.groups import CopyGroup
+from seqba.modules import convert_ghost_batch_norm
+from seqba.sampler import FixedBatchSampler
+from seqba.schedule import step_decay
 from seqba.step import TrainStep, UpdateResult
+from seqba.transforms import Mixup
+from tasks.cli.errors import DataError, UserError
 from tasks.cli.machine import start_accelerator
+from tasks.models.audit import refuse_identical_copies
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
 from tasks.run.progress import Figures
 from tasks.run.stream import SAMPLE_IDS, BatchStream
-from tasks.vision.config import MAY_DIFFER_HERE, VisionOptions, run_folder
-from tasks.vision.data.sources import load_images
+from tasks.vision.augment import Views, device_transform, why_not_on_device, worker_transform
+from tasks.vision.config import MAY_DIFFER_HERE, VisionConfig, VisionOptions, run_folder
+from tasks.vision.contact_sheet import draw_contact_sheet
+from tasks.vision.data import ImageSplits, load_images
+from tasks.vision.evaluate import evaluate
 from tasks.vision.loss import VisionLoss, count_labels, summed_loss
-from tasks.vision.networks import parameter_groups
+from tasks.vision.model_folder import Classifier, save_classifier
+from tasks.vision.networks import build_model, parameter_groups
+from tasks.vision.pipelines import DevicePipeline, Pipeline, WorkerPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +44,8 @@ FIGURES = Figures(
     metric="valid_accuracy",
     higher_is_better=True,
 )
+
+_AUDITED = 4  # images on which the copies are compared
 
 
 def train(options: VisionOptions) -> None:
@@ -46,8 +62,7 @@ def train(options: VisionOptions) -> None:
 
 def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream]]:
     """`train`, which hands back control after every update; closed early, it leaves an unfinished run."""
-    config, copies = options.config, options.copies
-    folder = Path(run_folder(options))
+    config, copies, folder = options.config, options.copies, Path(run_folder(options))
     accelerator = start_accelerator(
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
@@ -60,8 +75,9 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         valid_images=config.valid_images,
         skip_corrupt=config.on_corrupt == "skip",
     )
+    views = Views.of(config, images)
     group = CopyGroup.of(accelerator, copies.ba_m)
-    pipeline = make_pipeline(options, accelerator, images, group.copies)
+    pipeline = make_pipeline(options, accelerator, images, views, group.copies)
     stream = make_stream(options, accelerator, pipeline, group)
     epoch = len(stream.sampler) // options.run.accumulation  # updates
     if config.epochs is not None:
@@ -75,7 +91,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         figures=FIGURES,
         may_differ=MAY_DIFFER_HERE,
     )
-    model = build(config, images, options.run.seed)
+    model = build(config, len(images.classes), options.run.seed)
     loss_model = VisionLoss(model, config.label_smoothing)
     sgd = torch.optim.SGD(
         parameter_groups(loss_model, config.weight_decay, config.decay_bias_and_norm),
@@ -83,6 +99,9 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         momentum=config.momentum,
     )
     wrapped, optimizer = accelerator.prepare(loss_model, sgd)
+    if copies.ba_m > 1 and not copies.allow_identical_copies and not config.is_random:
+        batch = pipeline.take_copies(pipeline.first(_AUDITED, epoch=0), group.copies[:1])
+        refuse_identical_copies(loss_model, batch, lambda model, rows: model(rows)[0], "--flip")
     step = TrainStep(
         accelerator,
         wrapped,
@@ -95,18 +114,20 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         copy_seed=options.run.seed if copies.reproducible_copies else None,
         take_copies=pipeline.take_copies,
     )
-    _describe(options, accelerator, images, epoch)
+    rate = learning_rate(config, epoch, copies.ba_m)
+    _describe(options, accelerator, pipeline, epoch, rate(1))
     with run.writing(folder):
         accelerator.init_trackers("vision", config=None)
     run.attach(model, optimizer, data=SameData(images.fingerprint), stream=stream, step=step)
 
     # ---- the loop
-    rate = learning_rate(config, epoch, copies.ba_m)
     for update in run.updates():
         batches = stream.take(options.run.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
         lr = set_learning_rate(optimizer, rate(update))
-        set_weight_decay(optimizer, config, update, epoch)
+        if config.weight_decay_epochs is not None and update > config.weight_decay_epochs * epoch:
+            for decayed in optimizer.param_groups:
+                decayed["weight_decay"] = 0.0
         result = step(batches, update=update)
         run.record(update, result, sample_ids)
         validation = None
@@ -123,9 +144,120 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     best = run.progress.best_update or run.progress.update
     with run.writing(folder):
         test = evaluate(accelerator, loss_model, images.test, views, config.eval_batch_size, "test")
+        score = f"top-1 accuracy {test['test_accuracy']:.2%}, {test['test_loss']:.4f} nats per image"
         if accelerator.is_main_process:
-            save_model(folder / "model", model, config, images, made_by=describe_training(options, best), test=test)
-            draw_contact_sheet(folder / "transforms.png", pipeline, images.train, copies.ba_m)
+            made_by = {
+                "data": images.description,
+                "updates": f"{best:,} (the checkpoint with the highest validation accuracy)",
+                **describe_training(options),
+            }
+            classifier = Classifier(config.network, model, images.classes, views)
+            save_classifier(folder / "model", classifier, made_by=made_by, scores=[score])
+            draw_contact_sheet(folder / "transforms.png", pipeline, views, group.copies)
     run.finish(test)
-    logger.info(f"test: top-1 accuracy {test['test_accuracy']:.2%}, {test['test_loss']:.4f} nats per image")
+    logger.info(f"test: {score}, {len(images.test):,} images, each seen once")
     logger.info(f"{run.folder}: model/, curve.png, transforms.png, results.json, metrics.jsonl")
+
+
+def make_pipeline(
+    options: VisionOptions, accelerator: Accelerator, images: ImageSplits, views: Views, copies: tuple[int, ...]
+) -> Pipeline:
+    """T on the device, where it and the data allow it, else in the loader.
+
+    Raises:
+        UserError: --pipeline device, and something keeps it from the device.
+    """
+    config, seed = options.config, options.run.seed
+    mixup = Mixup(config.mixup_alpha) if config.mixup_alpha else None
+    reason = why_not_on_device(config, images)
+    if config.pipeline == "device" and reason is not None:
+        raise UserError(f"--pipeline device is not possible: {reason}; leave it out, or give --pipeline workers")
+    if reason is None and config.pipeline != "workers":
+        return DevicePipeline(images.train, seed, mixup, accelerator.device, device_transform(config, views))
+    finish: Callable = (lambda x: x) if config.cutout else views.normalize
+    return WorkerPipeline(
+        images.train, seed, mixup, accelerator.device, worker_transform(config, views), copies, finish
+    )
+
+
+def make_stream(options: VisionOptions, accelerator: Accelerator, pipeline: Pipeline, group: CopyGroup) -> BatchStream:
+    """This rank's batches of B images; fewer images than a batch are a `DataError`."""
+    config, run = options.config, options.run
+    try:
+        sampler = FixedBatchSampler(
+            len(pipeline.images),
+            config.batch_size,
+            seed=run.seed,
+            num_shards=group.num_groups,
+            shard=group.index,
+            batches_per_update=run.accumulation,
+        )
+    except ValueError:
+        raise DataError(
+            f"{len(pipeline.images):,} training images do not fill a batch of --batch-size {config.batch_size}"
+        ) from None
+    return BatchStream(
+        pipeline.dataset,
+        sampler,
+        pipeline.collate,
+        device=accelerator.device,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        transform=pipeline.load,
+    )
+
+
+def build(config: VisionConfig, num_classes: int, seed: int) -> nn.Module:
+    """A network with new weights, equal on all ranks; the generators are seeded for the masks afterwards."""
+    torch.manual_seed(seed)
+    model = build_model(config.network, num_classes)
+    if config.ghost_batch_size is not None:
+        model = convert_ghost_batch_norm(model, config.ghost_batch_size)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.compile()
+    set_seed(seed, device_specific=True)
+    return model
+
+
+def learning_rate(config: VisionConfig, epoch: int, num_copies: int) -> Callable[[int], float]:
+    """The rate of each update: drops after epochs of `epoch` updates, and M to the power that is asked for."""
+    factors = config.lr_factors if len(config.lr_factors) > 1 else config.lr_factors * len(config.lr_drops)
+    return lambda update: step_decay(
+        update,
+        base_lr=config.learning_rate * num_copies**config.lr_power,
+        boundaries=[max(1, round(drop * epoch)) for drop in config.lr_drops],
+        factor=factors,
+        warmup_updates=round(config.warmup_epochs * epoch),
+    )
+
+
+def describe_training(options: VisionOptions) -> dict[str, str]:
+    """How a network was made, for its card."""
+    config, copies = options.config, options.copies
+    passes = f"copies per pass {copies.copies_per_pass}, reproducible copies {copies.reproducible_copies}"
+    return {
+        "copies of each image in an update, M": f"{copies.ba_m} ({passes})",
+        "batch": f"{config.batch_size} images before repetition, times {options.run.accumulation} a rank",
+        "the random transform T": config.transform,
+    }
+
+
+def _describe(
+    options: VisionOptions, accelerator: Accelerator, pipeline: Pipeline, epoch: int, first_rate: float
+) -> None:
+    """Say what is trained, and what an update sees."""
+    config, num_copies = options.config, options.copies.ba_m
+    unique = config.batch_size * accelerator.num_processes * options.run.accumulation
+    where = "on the device" if isinstance(pipeline, DevicePipeline) else f"in {options.run.num_workers} workers"
+    logger.info(
+        f"{config.network}, M = {num_copies}, {accelerator.num_processes} process(es), {torch.get_num_threads()} "
+        f"threads on {accelerator.device}; T {where}: {config.transform}"
+    )
+    logger.info(
+        f"an update has {unique:,} unique images, each {num_copies} times; {epoch:,} updates an epoch; "
+        f"{len(pipeline.images) % config.batch_size} images of each are left out; {options.run.max_updates:,} updates"
+    )
+    power = f"times M to the power {config.lr_power}" if config.lr_power else "whatever M is"
+    logger.info(f"the learning rate begins at {first_rate:g}, {power}")

@@ -67,7 +67,8 @@ def find_archive(data: str) -> tuple[Archive, Path] | None:
     """The archive in a folder, or that the folder is."""
     for archive in ARCHIVES:
         for folder in (Path(data, archive.folder), Path(data)):
-            if any(folder.glob(f"{next(iter(archive.test))}*")) and any(folder.glob(f"{next(iter(archive.train))}*")):
+            members = [*archive.train, *archive.test]
+            if any((folder / name).is_file() for member in members for name in (member, f"{member}.xz")):
                 return archive, folder
     return None
 

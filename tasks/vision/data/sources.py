@@ -73,9 +73,7 @@ def load_images(
         train, valid = train.subset(rest), train.subset(held_out)
     if train_images is not None:
         if train_images > len(train):
-            raise DataError(
-                f"--train-images {train_images:,} is more than the {len(train):,} images to train on"
-            )
+            raise DataError(f"--train-images {train_images:,} is more than the {len(train):,} images to train on")
         train = train.subset(stratified(train.labels, train_images, seed)[0])
     name = f"drawn images of ten shapes, seed {seed}" if data is None else data
     counts = f"{len(train):,} training, {len(valid):,} validation and {len(test):,} test images"

@@ -1,0 +1,271 @@
+"""Images from archives, folders and data sets of every kind, and what is refused."""
+
+import lzma
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tasks.cli.errors import DataError
+from tasks.vision.data import cifar, load_images
+from tasks.vision.data.decode import decode_file, to_tensor
+from tasks.vision.data.drawn import CLASSES, draw_images
+from tasks.vision.data.image_set import stratified
+
+DATA = os.environ.get("SEQBA_DATA")
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "I;16"])
+def test_images_of_every_kind_become_red_green_and_blue_bytes(mode, tmp_path):
+    if mode == "I;16":
+        image = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+        want = np.repeat(PIXELS[..., :1], 3, 2)
+    else:
+        image = Image.fromarray(PIXELS).convert(mode)
+        want = np.asarray(image.convert("RGB"))
+    assert torch.equal(to_tensor(image), torch.from_numpy(np.array(want)).permute(2, 0, 1))
+    if mode in ("RGB", "L", "1", "P", "RGBA", "LA", "I;16"):
+        image.save(tmp_path / "x.png")
+        assert torch.equal(decode_file(tmp_path / "x.png"), to_tensor(image))
+
+
+def test_what_is_transparent_is_white_also_in_a_palette():
+    clear = Image.fromarray(np.dstack([PIXELS, np.full((5, 7), 0, np.uint8)]))
+    assert (to_tensor(clear) == 255).all()
+    half = Image.fromarray(np.dstack([np.zeros_like(PIXELS), np.full((5, 7), 128, np.uint8)]))
+    assert 120 < int(to_tensor(half).float().mean()) < 135
+    palette = Image.fromarray(PIXELS).convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert to_tensor(palette)[:, 0, 0].tolist() == [255] * 3
+
+
+def test_a_photograph_is_turned_as_its_camera_says():
+    image = Image.fromarray(PIXELS)
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    want = torch.from_numpy(np.rot90(PIXELS, -1).copy()).permute(2, 0, 1)
+    assert torch.equal(to_tensor(image), want)
+
+
+def test_one_pixel_is_an_image_and_floating_point_and_damaged_files_are_refused(tmp_path):
+    assert to_tensor(Image.fromarray(PIXELS[:1, :1])).shape == (3, 1, 1)
+    with pytest.raises(ValueError, match="floating-point numbers"):
+        to_tensor(Image.fromarray(PIXELS[..., 0].astype(np.float32)))
+    for content in (b"", b"no image", Path(__file__).read_bytes()):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.png cannot be decoded"):
+            decode_file(tmp_path / "x.png")
+    Image.fromarray(PIXELS).resize((200, 200)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be decoded: .*truncated"):
+        decode_file(tmp_path / "cut.jpg")
+
+
+# ---- drawn images and what is held out
+
+
+def test_drawn_images_are_a_function_of_their_seed_and_of_all_classes():
+    images = draw_images(40, 0)
+    assert torch.equal(images.tensor, draw_images(40, 0).tensor)
+    assert not torch.equal(images.tensor, draw_images(40, 1).tensor)
+    assert images.tensor.shape == (40, 3, 32, 32)
+    assert torch.bincount(images.labels).tolist() == [4] * len(CLASSES)
+    assert len(images.tensor.flatten(1).unique(dim=0)) == 40
+
+
+@pytest.mark.parametrize("count", [1, 7, 30, 59])
+def test_what_is_held_out_has_each_class_by_its_share_and_is_no_longer_in_the_rest(count):
+    labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)[torch.randperm(60)]
+    some, rest = stratified(labels, count, seed=1)
+    assert sorted([*some.tolist(), *rest.tolist()]) == list(range(60))
+    got = torch.bincount(labels[some], minlength=3).double()
+    assert (got - torch.tensor([30, 20, 10]) * count / 60).abs().max() <= 1
+    assert not torch.equal(some, stratified(labels, count, seed=2)[0])
+
+
+# ---- CIFAR
+
+
+def write_cifar(folder, monkeypatch, *, packed=(), fine=False):
+    """A small archive of the published layout; the md5 of its files is taken for the published one."""
+    archive = cifar.ARCHIVES[int(fine)]
+    folder = folder / archive.folder
+    folder.mkdir()
+    generator, md5 = np.random.default_rng(0), {}
+    for name in (*archive.train, *archive.test, archive.meta):
+        content = {archive.names: [f"class {i}" for i in range(archive.num_classes)]}
+        if name != archive.meta:
+            data = generator.integers(0, 256, (20, 3_072), dtype=np.uint8)
+            content = {"data": data, archive.labels: [int(i) % archive.num_classes for i in range(20)]}
+        data = pickle.dumps(content, protocol=2)
+        file = folder / (f"{name}.xz" if name in packed else name)
+        file.write_bytes(lzma.compress(data) if name in packed else data)
+        md5[name] = __import__("hashlib").md5(data).hexdigest()
+    known = replace(
+        archive, train={name: md5[name] for name in archive.train}, test={name: md5[name] for name in archive.test}
+    )
+    monkeypatch.setattr(cifar, "ARCHIVES", (known,))
+    return folder
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("packed", [(), ("data_batch_2", "test_batch", "train")])
+def test_an_archive_is_read_packed_or_plain_from_its_folder_or_the_one_above(fine, packed, tmp_path, monkeypatch):
+    folder = write_cifar(tmp_path, monkeypatch, packed=packed, fine=fine)
+    for place in (folder, tmp_path):
+        images = load_images(str(place), valid_images=5)
+        per_split = 15 if fine else 95
+        assert (len(images.train), len(images.valid), len(images.test)) == (per_split, 5, 20)
+        assert images.classes[3] == "class 3"
+        member = folder / next(iter(cifar.ARCHIVES[0].test))
+        raw = member.read_bytes() if member.exists() else lzma.decompress(Path(f"{member}.xz").read_bytes())
+        content = pickle.loads(raw)
+        assert torch.equal(images.test.tensor.flatten(1), torch.from_numpy(content["data"]))
+        assert images.test.labels.tolist() == content[cifar.ARCHIVES[0].labels]
+
+
+class Danger:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_a_pickle_that_would_run_something_or_is_not_what_was_published_is_refused(tmp_path, monkeypatch, capsys):
+    folder = write_cifar(tmp_path, monkeypatch)
+    whole = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(pickle.dumps({"data": Danger()}))
+    with pytest.raises(
+        DataError, match=r"data_batch_3 is no file of CIFAR, or damaged: it wants to load builtins\.print"
+    ):
+        load_images(str(folder), valid_images=5)
+    assert "this ran" not in capsys.readouterr().out
+    (folder / "data_batch_3").write_bytes(whole[:-500])
+    with pytest.raises(DataError, match="data_batch_3 is no file of CIFAR, or damaged"):
+        load_images(str(folder), valid_images=5)
+    (folder / "data_batch_3").write_bytes((folder / "data_batch_4").read_bytes())
+    with pytest.raises(
+        DataError, match=r"data_batch_3 is not the published file: its md5 is \w+, not \w+; get it anew"
+    ):
+        load_images(str(folder), valid_images=5)
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(DataError, match=r"has no data_batch_3 \(nor data_batch_3\.xz\)"):
+        load_images(str(folder), valid_images=5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="SEQBA_DATA names no folder with CIFAR-10")
+def test_the_real_archive_is_the_published_one():
+    images = load_images(str(Path(DATA, "cifar10")))
+    assert (len(images.train), len(images.valid), len(images.test)) == (45_000, 5_000, 10_000)
+    assert torch.bincount(images.valid.labels).tolist() == [500] * 10
+    mean = torch.cat([images.train.tensor, images.valid.tensor]).double().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(mean, torch.tensor([0.49139968, 0.48215841, 0.44653091]).double(), atol=1e-6, rtol=0)
+
+
+# ---- folders
+
+
+def write_folder(folder, splits=("train", "test"), classes=("cat", "dog"), count=6):
+    generator = np.random.default_rng(1)
+    for split in splits:
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (8, 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.{'JPEG' if i % 2 else 'png'}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("splits", "sizes"),
+    [
+        (("train", "val", "test"), (12, 12, 12)),
+        (("train", "valid"), (10, 2, 12)),
+        (("train",), (8, 2, 2)),
+        (("",), (8, 2, 2)),
+    ],
+)
+def test_class_folders_are_read_with_any_of_the_usual_splits(splits, sizes, tmp_path):
+    images = load_images(str(write_folder(tmp_path, splits)), valid_images=2)
+    assert (len(images.train), len(images.valid), len(images.test)) == sizes
+    assert images.classes == ["cat", "dog"]
+    sample = images.train[0]
+    assert sample["image"].shape == (3, 8, 9)
+    assert sample["label"] == 0
+    assert images.train.tensor is None
+    assert load_images(str(tmp_path), valid_images=2).fingerprint == images.fingerprint
+
+
+def test_hidden_files_are_passed_over_and_others_counted(tmp_path, caplog):
+    folder = write_folder(tmp_path)
+    (folder / "train" / "cat" / ".DS_Store").write_text("x")
+    (folder / "train" / ".git").mkdir()
+    (folder / "train" / "cat" / "notes.txt").write_text("x")
+    with caplog.at_level("INFO", "tasks"):
+        images = load_images(str(folder), valid_images=2)
+    assert len(images.train) == 10
+    assert "1 files are no images by their names, and left out: notes.txt" in caplog.text
+    assert ".DS_Store" not in caplog.text
+
+
+def test_a_corrupt_image_ends_the_run_that_meets_it_or_is_left_out_and_named(tmp_path, caplog):
+    folder = write_folder(tmp_path)
+    bad = folder / "train" / "dog" / "3.JPEG"
+    bad.write_bytes(bad.read_bytes()[:40])
+    images = load_images(str(folder), valid_images=2)
+    with pytest.raises(DataError, match=r"dog/3\.JPEG cannot be decoded"):
+        [part[i] for part in (images.train, images.valid) for i in range(len(part))]
+    with caplog.at_level("INFO", "tasks"):
+        images = load_images(str(folder), valid_images=2, skip_corrupt=True)
+    assert len(images.train) + len(images.valid) == 11
+    assert "1 images are left out" in caplog.text
+    assert "3.JPEG" in caplog.text
+
+
+def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "a")
+    (folder / "test" / "fox").mkdir()
+    with pytest.raises(DataError, match=r"test has the class 'fox', which the training images do not have"):
+        load_images(str(folder), valid_images=2)
+    (folder / "test" / "fox").rmdir()
+    (folder / "train" / "ape").mkdir()
+    with pytest.raises(DataError, match=r"train/ape has no image"):
+        load_images(str(folder), valid_images=2)
+    with pytest.raises(DataError, match="neither train/CLASS"):
+        load_images(str(tmp_path / "a" / "train" / "cat"), valid_images=2)
+    with pytest.raises(DataError, match="12 training images, of which --valid-images 12 cannot be held out"):
+        load_images(str(write_folder(tmp_path / "b")), valid_images=12)
+    with pytest.raises(DataError, match="--train-images 11 is more than the 10 images to train on"):
+        load_images(str(tmp_path / "b"), valid_images=2, train_images=11)
+    with pytest.raises(DataError, match="cannot load"):
+        load_images(str(tmp_path / "nothing"))
+
+
+# ---- data sets
+
+
+def test_a_saved_data_set_with_images_and_classes_is_read(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"img": [Image.fromarray(PIXELS)] * 6, "label": [0, 1] * 3}
+    made = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)})
+    made["test"] = datasets.Dataset.from_dict({name: x[:2] for name, x in rows.items()}, features)
+    made.save_to_disk(str(tmp_path / "saved"))
+    images = load_images(str(tmp_path / "saved"), valid_images=2)
+    assert (len(images.train), len(images.valid), len(images.test)) == (4, 2, 2)
+    assert list(images.classes) == ["cat", "dog"]
+    assert torch.equal(images.test[1]["image"], torch.from_numpy(PIXELS).permute(2, 0, 1))
+    assert images.test[1]["label"] == 1
+    plain = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [1, 2]})})
+    plain.save_to_disk(str(tmp_path / "plain"))
+    with pytest.raises(DataError, match=r"has the columns x; it needs one of images and one of classes"):
+        load_images(str(tmp_path / "plain"))
