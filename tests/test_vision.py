@@ -1,0 +1,479 @@
+"""A run of scripts/train_vision.py: its laws, its resume, its workers and ranks, and what it leaves behind."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from distributed import run_ranks
+from seqba import BatchAugmentationArguments
+from tasks.cli.errors import DataError, UserError
+from tasks.cli.machine import MachineOptions
+from tasks.run.log import read_metrics
+from tasks.run.options import RunOptions
+from tasks.vision import load_classifier
+from tasks.vision import train as vision
+from tasks.vision.augment import Views
+from tasks.vision.config import VisionConfig, parse_config, run_folder
+from tasks.vision.data import folders, load_images, sources
+from tasks.vision.evaluate import evaluate
+from tasks.vision.loss import VisionLoss
+from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
+from tasks.vision.presets import PRESETS
+
+TINY = parse_config([]).changed(
+    network="resnet8", batch_size=6, ghost_batch_size=6, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
+    max_updates=9, log_every=1, eval_every=3, save_every=4, eval_batch_size=20, cpu=True,
+)  # fmt: skip
+DRAWN = {"train": 40, "valid": 30, "test": 30}  # an epoch of TINY has 6 updates
+STILL = {"crop_padding": 0, "flip": False, "cutout": False}
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(sources, "_DRAWN", DRAWN)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(folder, **changes):
+    vision.train(TINY.changed(output_dir=str(folder), **changes))
+    return folder
+
+
+def checkpoint(folder, update=9):
+    return Path(folder) / "checkpoints" / f"update-{update:06d}"
+
+
+def weights(folder, update=9):
+    return load_file(checkpoint(folder, update) / "model.safetensors")
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+def assert_same_weights(one, other, update=9, but=(), **tolerance):
+    there = weights(other, update)
+    for name, weight in weights(one, update).items():
+        if not any(part in name for part in but):
+            torch.testing.assert_close(there[name], weight, msg=name, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_DRAWN", DRAWN)
+        folder = run(tmp_path_factory.mktemp("finished") / "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder
+
+
+# ---- the run
+
+
+def test_a_run_leaves_a_complete_folder_whose_model_scores_what_it_says(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png", "transforms.png"
+    }  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    logged = rows(finished)
+    scored = {row["update"]: row["valid_accuracy"] for row in logged if "valid_accuracy" in row}
+    assert list(scored) == [3, 6, 9]
+    assert scored[results["best_update"]] == max(scored.values())
+    classifier = load_classifier(str(finished / "model"))
+    images = load_images(None)
+    correct, nats = 0, 0.0
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (classifier.views.mean, classifier.views.std))
+    for i in range(len(images.test)):
+        sample = images.test[i]
+        logits = classifier.model((sample["image"][None] / 255 - mean) / std)[0].detach()
+        nats += float(F.cross_entropy(logits, torch.tensor(sample["label"])))
+        correct += int(logits.argmax()) == sample["label"]
+        picture = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+        assert classifier.classify(picture) == images.classes[int(logits.argmax())]
+    assert results["test_accuracy"] == pytest.approx(correct / 30)
+    assert results["test_loss"] == pytest.approx(nats / 30, rel=1e-4)
+    card = (finished / "model" / "README.md").read_text()
+    for part in (f"top-1 accuracy {correct / 30:.2%}", "M | 2 (copies", "crop with 4 pixels", "load_classifier"):
+        assert part in card, part
+    with Image.open(finished / "transforms.png") as sheet:
+        assert sheet.size == (3 * 34 + 2, 4 * 34 + 2)  # four images, each as it is and twice transformed
+
+
+@pytest.mark.trap(20)
+@pytest.mark.trap(21)
+def test_data_rates_and_cadence_do_not_move_with_m(tmp_path):
+    seen = {}
+    for m in (1, 3):
+        folder = run(tmp_path / str(m), ba_m=m)
+        seen[m] = rows(folder)
+    for a, b in zip(seen[1], seen[3], strict=True):
+        assert (a["update"], a["lr"], a["unique_samples"]) == (b["update"], b["lr"], b["unique_samples"])
+        assert b["seen_instances"] == b["target_labels"] == 3 * a["target_labels"] == 3 * b["unique_samples"]
+        assert ("valid_accuracy" in a) == ("valid_accuracy" in b)
+
+
+@pytest.mark.trap(12)
+@pytest.mark.trap(16)
+@pytest.mark.parametrize("plan", [1, 2])
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, pipeline, tmp_path):
+    options = {"ba_m": 3, "pipeline": pipeline, "mixup_alpha": 0.3, "max_updates": 2, "save_every": 2}
+    fused = run(tmp_path / "fused", **options)
+    apart = run(tmp_path / "apart", copies_per_pass=plan, **options)
+    assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
+
+
+def test_without_t_copies_are_samples_again_and_a_run_does_not_depend_on_m(tmp_path):
+    options = STILL | {"max_updates": 2, "save_every": 2}
+    one = run(tmp_path / "one", ba_m=1, **options)
+    four = run(tmp_path / "four", ba_m=4, allow_identical_copies=True, **options)
+    moves_once_a_block = ("running", "tracked")
+    assert_same_weights(one, four, update=2, but=moves_once_a_block, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.trap(28)
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # three on two cores
+def test_workers_change_no_bit(num_workers, tmp_path):
+    here = run(tmp_path / "here", pipeline="workers")
+    there = run(tmp_path / "there", pipeline="workers", num_workers=num_workers)
+    assert rows(here) == rows(there)
+    assert_same_weights(here, there, rtol=0, atol=0)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing of the program gets to act on it."""
+
+
+@pytest.mark.trap(24)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pipeline": "device"},
+        {"pipeline": "workers", "auto_augment": "trivialaugment", "mixup_alpha": 0.2},
+        {"pipeline": "workers", "num_workers": 2, "accumulation": 2},
+        {"network": "torchvision/squeezenet1_1", "reproducible_copies": True, "copies_per_pass": 1},
+    ],
+)
+def test_a_killed_run_resumed_is_bitwise_the_undisturbed_one(changes, tmp_path):
+    straight = run(tmp_path / "straight", **changes)
+    whole = vision.TrainStep.__call__
+
+    def call(self, batches, *, update):
+        if update == 7:
+            raise Killed
+        return whole(self, batches, update=update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision.TrainStep, "__call__", call)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", **changes)
+    resumed = run(tmp_path / "killed", resume=True, **changes)
+    assert rows(straight) == rows(resumed)
+    assert_same_weights(straight, resumed, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_every_option_of_training_reaches_it(tmp_path):
+    changes = [
+        {}, {"network": "resnet14"}, {"ghost_batch_size": 3}, {"image_size": 40}, {"crop_padding": 2}, {"flip": False},
+        {"crop_padding": 0, "random_resized_crop": True, "image_size": 32}, {"auto_augment": "randaugment"},
+        {"cutout": False}, {"cutout_size": 4}, {"mixup_alpha": 0.2}, {"batch_size": 5}, {"learning_rate": 0.1},
+        {"lr_power": 0.5}, {"warmup_epochs": 1.0}, {"momentum": 0.5}, {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decay_bias_and_norm": True}, {"label_smoothing": 0.1}, {"ba_m": 3}, {"seed": 1},
+        {"train_images": 30}, {"corpus_seed": 1}, {"accumulation": 2}, {"max_norm": 0.01}, {"lr_drops": [0.1]},
+    ]  # fmt: skip
+    found = {}
+    for i, change in enumerate(changes):
+        folder = run(tmp_path / str(i), **{"max_updates": 2, "eval_every": 2} | change)
+        found[(checkpoint(folder, 2) / "model.safetensors").read_bytes()] = change
+    assert len(found) == len(changes), [change for change in changes if change not in found.values()]
+
+
+@pytest.mark.trap(23)
+def test_an_epoch_has_each_image_once_at_most_and_ends_with_whole_batches(tmp_path, monkeypatch):
+    met = []
+    whole = vision.TrainStep.__call__
+
+    def call(self, batches, *, update):
+        met.extend(batch["numbers"].tolist() for batch in batches)
+        return whole(self, batches, update=update)
+
+    monkeypatch.setattr(vision.TrainStep, "__call__", call)
+    run(tmp_path / "run", epochs=2.0, max_updates=1_000, eval_every=100, **{"accumulation": 2})
+    assert [len(batch) for batch in met] == [6] * 12  # 3 updates of 2 batches in each of 2 epochs
+    for epoch in (met[:6], met[6:]):
+        assert len({number for batch in epoch for number in batch}) == 36
+    assert met[:6] != met[6:]
+
+
+# ---- T
+
+
+def pipelines(**changes):
+    options = TINY.changed(**changes)
+    images = load_images(None)
+    views = Views.of(options.config, images)
+    copies = tuple(range(options.copies.ba_m))
+    made = vision.make_pipeline(options, Accelerator(cpu=True), images, views, copies)
+    return made, images, views
+
+
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_copies_samples_and_epochs_have_transforms_of_their_own(pipeline):
+    made, _, _ = pipelines(pipeline=pipeline, ba_m=6)
+    made.images.tensor[:] = made.images.tensor[:1].clone()  # one image under many transforms
+    seen = [made.transformed(made.first(10, epoch), tuple(range(6))) for epoch in range(3)]
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) > 0.95 * 180
+    again = made.transformed(made.first(10, 1), tuple(range(6)))
+    assert torch.equal(again, seen[1])
+
+
+def test_t_on_the_device_and_in_workers_differ_in_draws_alone():
+    """Crop, flip and Cutout off: what is left is the normalised image, in the rows of the copies."""
+    for pipeline, kind in (("device", DevicePipeline), ("workers", WorkerPipeline)):
+        made, images, views = pipelines(pipeline=pipeline, ba_m=3, **STILL)
+        assert type(made) is kind
+        batch = made.take_copies(made.first(4, 0), (0, 2))
+        want = views.normalize(images.train.tensor[:4]).repeat(2, 1, 1, 1)
+        torch.testing.assert_close(batch["images"], want)
+        assert batch["labels"].tolist() == images.train.labels[:4].repeat(2).tolist()
+
+
+def test_an_image_is_decoded_once_an_update_however_many_copies_it_has(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(9):
+                pixels = torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
+    decoded = []
+    whole = folders.decode_file
+    monkeypatch.setattr(folders, "decode_file", lambda path: decoded.append(path) or whole(path))
+    options = {"data": str(tmp_path / "data"), "valid_images": 4, "ba_m": 4, "batch_size": 7, "max_updates": 2}
+    shape = {"image_size": 24, "crop_padding": 0, "random_resized_crop": True}
+    folder = run(tmp_path / "run", eval_every=2, **options, **shape)
+    assert len(decoded) == 2 * 7 + 4 + 18 + 4 * 2  # training, validation, test, and the contact sheet
+    views = load_classifier(str(folder / "model")).views
+    assert (views.size, views.resized) == (24, 27)
+    with pytest.raises(UserError, match="--pipeline device is not possible: the images are no set of one size"):
+        run(tmp_path / "no", pipeline="device", **options, **shape)
+
+
+@pytest.mark.trap(30)
+def test_the_loss_of_mixed_images_is_mixed_by_the_same_shares():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
+    partners, shares = torch.tensor([1, 0, 4, 2]), torch.tensor([0.3, 0.3, 0.9, 0.9])
+    batch = {"images": images, "labels": labels, "partner_labels": partners, "proportions": shares}
+    logits = model(images).double()
+    soft = F.one_hot(labels, 5) * shares[:, None] + F.one_hot(partners, 5) * (1 - shares)[:, None]
+    smooth = 0.9 * soft + 0.1 / 5
+    want = -(smooth * logits.log_softmax(1)).sum()
+    torch.testing.assert_close(VisionLoss(model, 0.1).train()(batch)[0].double(), want, rtol=1e-5, atol=1e-5)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_evaluation_sees_every_image_once_without_t(batch_size):
+    _, images, views = pipelines()
+    model = vision.build(TINY.config, 10, 0)
+    loss_model = VisionLoss(model, 0.3).train()
+    got = evaluate(Accelerator(cpu=True), loss_model, images.valid, views, batch_size, "valid")
+    assert loss_model.training
+    logits = model.eval()(views.normalize(images.valid.tensor))
+    assert got["valid_loss"] == pytest.approx(float(F.cross_entropy(logits, images.valid.labels).detach()), rel=1e-5)
+    assert got["valid_accuracy"] == pytest.approx(float((logits.argmax(1) == images.valid.labels).double().mean()))
+
+
+# ---- ranks
+
+TWO_RANKS = """
+import json
+import sys
+from distributed import report
+from tasks.vision import train as vision
+from tasks.vision.data import sources
+import test_vision as tests
+
+folder, changes = sys.argv[1:]
+sources._DRAWN = tests.DRAWN
+whole = vision.TrainStep.__call__
+ranks = []
+
+def call(self, batches, *, update):
+    ranks[:] = [self.accelerator.num_processes]
+    return whole(self, batches, update=update)
+
+vision.TrainStep.__call__ = call
+vision.train(tests.TINY.changed(cpu=False, output_dir=folder, **json.loads(changes)))
+report(ranks)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.trap(43)
+def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path):
+    options = {"max_updates": 2, "save_every": 2, "eval_every": 2}
+    assert run_ranks(TWO_RANKS, 2, args=[str(tmp_path / "two"), json.dumps(options)]) == [[2], [2]]
+    one = run(tmp_path / "one", accumulation=2, **options)
+    for a, b in zip(rows(tmp_path / "two"), rows(one), strict=True):
+        assert (a["lr"], a["unique_samples"], a["target_labels"]) == (b["lr"], b["unique_samples"], b["target_labels"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    a_rank_s_own = ("running", "tracked")
+    assert_same_weights(one, tmp_path / "two", update=2, but=a_rank_s_own, rtol=1e-3, atol=1e-4)
+
+
+# ---- regimes
+
+
+def test_the_regimes_of_presets_are_the_published_ones():
+    def rates(preset, epochs, data="x"):
+        config = parse_config(["--preset", preset, "--data", data]).config
+        rate = vision.learning_rate(config, 100, 4)
+        return [rate(round(epoch * 100) + 1) for epoch in epochs]
+
+    assert rates("resnet44-cifar10", [0, 80.99, 81, 99.99]) == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert rates("vgg16-cifar100", [0, 60, 120, 160]) == pytest.approx([0.1, 0.02, 0.004, 0.0008])
+    assert rates("alexnet-imagenet", [0, 10, 15, 20, 25]) == pytest.approx([0.01, 5e-3, 1e-3, 5e-4, 1e-4])
+    assert rates("resnet50-imagenet-23-epochs", [0, 15, 20, 22]) == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
+    large = rates("resnet50-imagenet-large-batch", [0, 2.49, 5, 30])
+    assert large == pytest.approx([3.2 / 500, 3.2 / 2, 3.2, 0.32])
+    scaled = dataclasses.replace(TINY.config, learning_rate=0.1, lr_power=0.5)
+    assert vision.learning_rate(scaled, 10, 9)(1) == pytest.approx(0.3)
+
+
+def test_weight_decay_ends_where_the_preset_says(tmp_path, monkeypatch):
+    seen = []
+    whole = torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        seen.append([group["weight_decay"] for group in self.param_groups])
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    run(tmp_path / "run", weight_decay=0.1, weight_decay_epochs=0.5)  # of an epoch of 6 updates
+    assert seen == [[0.1, 0.0]] * 3 + [[0.0, 0.0]] * 6
+
+
+@pytest.mark.parametrize(
+    ("preset", "ba_m", "network"),
+    [
+        ("resnet44-cifar10", 40, "resnet44"),
+        ("vgg16-cifar10", 32, "vgg16-cifar"),
+        ("resnet44-cifar100", 40, "resnet44"),
+        ("alexnet-imagenet", 8, "torchvision/alexnet"),
+        ("mobilenet-imagenet", 4, "mobilenet-v1"),
+        ("resnet50-imagenet", 4, "torchvision/resnet50"),
+    ],
+)
+def test_presets_have_the_papers_m_and_their_t_reaches_the_network(preset, ba_m, network):
+    options = parse_config(["--preset", preset, "--data", "x"])
+    config = options.config
+    assert (options.copies.ba_m, config.network) == (ba_m, network)
+    images = load_images(None)
+    made = vision.make_pipeline(options, Accelerator(cpu=True), images, Views.of(config, images), (0, 1))
+    one, other = made.transformed(made.first(1, 0), (0, 1))
+    assert not torch.equal(one, other)
+    assert one.shape[-1] == (config.image_size or 32)
+
+
+# ---- what is refused
+
+
+@pytest.mark.trap(34)
+def test_identical_copies_are_refused_where_neither_t_nor_dropout_is_left(tmp_path):
+    with pytest.raises(UserError, match="identical copies are refused; give --flip"):
+        run(tmp_path / "still", **STILL)
+    assert not (tmp_path / "still" / "metrics.jsonl").exists()
+    run(tmp_path / "dropout", network="torchvision/squeezenet1_1", max_updates=1, **STILL)  # its own dropout is T
+
+
+def test_a_batch_larger_than_the_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="40 training images do not fill a batch of --batch-size 41"):
+        run(tmp_path / "run", batch_size=41)
+
+
+OPTIONS = [
+    option
+    for part in (VisionConfig, BatchAugmentationArguments, RunOptions, MachineOptions)
+    for option in dataclasses.fields(part)
+]
+
+
+def test_every_option_has_help_and_every_preset_names_options():
+    assert all(len(option.metadata["help"]) > 5 for option in OPTIONS)
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+    for name, values in PRESETS.items():
+        assert values.keys() <= {option.name for option in OPTIONS}
+        assert parse_config(["--preset", name, "--data", "x", "--no-cutout"]).config.cutout is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--auto-augment", "more"], "--auto-augment must be one of none, autoaugment, .* got more"),
+        (["--label-smoothing", "1"], "--label-smoothing is a probability, from 0 to below 1, got 1"),
+        (["--lr-drops", "5", "3"], r"--lr-drops must rise and be above 0, got 5\.0 3\.0"),
+        (["--lr-factors", "0.1", "0.2", "0.3"], "--lr-factors must be one number for all of --lr-drops or 2, each"),
+        (["--random-resized-crop"], "--crop-padding and --random-resized-crop are two ways to crop"),
+        (["--epochs", "0"], "--epochs must be above 0 and finite, got 0"),
+        (["--mixup-alpha", "-1"], "--mixup-alpha must be at least 0 and finite, got -1"),
+        (["--preset", "resnet50-imagenet"], "^--preset resnet50-imagenet needs --data$"),
+        (["--preset", "resnet44-cifar10"], r"needs --data, or \$SEQBA_DATA for a folder that holds cifar10/"),
+        (["--lr", "1"], "unknown option --lr 1"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_limit(argv, message, monkeypatch):
+    monkeypatch.delenv("SEQBA_DATA", raising=False)
+    with pytest.raises(UserError, match=message):
+        parse_config(argv)
+
+
+def test_the_run_folder_says_network_data_and_m():
+    assert run_folder(parse_config(["--network", "torchvision/resnet18", "--ba-m", "4"])) == (
+        "runs/vision-torchvision-resnet18-generated-m4-seed0"
+    )
+
+
+def test_a_folder_that_is_no_classifier_or_a_damaged_one_is_refused(finished, tmp_path):
+    with pytest.raises(UserError, match=r"holds no classifier: it has no config\.json"):
+        load_classifier(str(tmp_path))
+    with pytest.raises(UserError, match="holds a damaged classifier: 'classes'"):
+        load_classifier(str(finished))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((finished / "model" / name).read_bytes()[:50])
+        with pytest.raises(UserError, match="holds a damaged classifier"):
+            load_classifier(str(tmp_path))
+        (tmp_path / name).write_bytes((finished / "model" / name).read_bytes())
+    assert math.isfinite(sum(float(p.detach().sum()) for p in load_classifier(str(tmp_path)).model.parameters()))
+
+
+def test_the_script_trains_from_the_command_line(tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "train_vision.py"
+    options = ["--max-updates", "1", "--eval-every", "1", "--batch-size", "8", "--num-threads", "1", "--ba-m", "2"]
+    done = subprocess.run(
+        [sys.executable, script, *options, "--output-dir", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test: top-1 accuracy" in done.stdout
+    assert "an update has 8 unique images, each 2 times" in done.stdout
