@@ -34,7 +34,15 @@ def help_of(script, *argv):
 
 
 def test_every_option_is_one_of_the_scripts():
-    names = ("train_wmt.py", "eval_bleu.py", "train_ptb.py", "eval_ppl.py", "finetune.py", "audit_masks.py")
+    names = (
+        "train_wmt.py",
+        "eval_bleu.py",
+        "train_ptb.py",
+        "eval_ppl.py",
+        "train_vision.py",
+        "finetune.py",
+        "audit_masks.py",
+    )
     tasks = ("translation", "finetuning", "language-modelling")
     scripts = [*((name,) for name in names), *(("benchmark.py", task) for task in tasks)]
     known = set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))

@@ -143,7 +143,7 @@ def with_checkpoints_alone(folder, text):
             resume("--width", "32", "--dropout", "0.2"),
             ["another configuration: dropout was 0.1, is 0.2; width was 16, is 32", "the options it was begun with"],
         ),
-        (with_other_text, ["update-000004 does not fit this run", "text is not the one", "another --output-dir"]),
+        (with_other_text, ["update-000004 does not fit this run", "data is not what", "another --output-dir"]),
         (without_config, ["config.json is missing", "restore it, or give another --output-dir"]),
         (with_half_a_config, ["config.json cannot be read", "restore it, or give another --output-dir"]),
         (with_a_broken_row, ["metrics.jsonl has a line that is no row of metrics", "take the line out"]),
