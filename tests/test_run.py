@@ -219,6 +219,7 @@ def launched(code, launcher, **environment):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.trap(46)
 def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     script = tmp_path / "threads.py"
@@ -294,6 +295,7 @@ def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path,
             torch.testing.assert_close(two[name], alone[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.trap(24)
 def test_two_ranks_draw_their_own_masks_and_resume_bitwise(tmp_path, cache):
     first, second = two_ranks(tmp_path / "straight", cache)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tasks.cli.errors import DataError, UserError
 from tasks.cli.machine import MachineOptions
 from tasks.run.log import read_metrics
 from tasks.run.options import RunOptions
+from tasks.run.stream import SampleKey
 from tasks.vision import load_classifier
 from tasks.vision import train as vision
 from tasks.vision.augment import Views
@@ -256,6 +258,15 @@ def test_t_on_the_device_and_in_workers_differ_in_draws_alone():
         assert batch["labels"].tolist() == images.train.labels[:4].repeat(2).tolist()
 
 
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_a_loader_may_send_t_to_processes_that_it_does_not_fork(pipeline):
+    made, _, _ = pipelines(pipeline=pipeline, auto_augment="none" if pipeline == "device" else "randaugment")
+    key = SampleKey(0, 0, 3)
+    sent = pickle.loads(pickle.dumps(made.load))
+    for here, there in zip(made.load(made.dataset[3], key), sent(made.dataset[3], key), strict=True):
+        assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
+
+
 def test_an_image_is_decoded_once_an_update_however_many_copies_it_has(tmp_path, monkeypatch):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -468,6 +479,7 @@ def test_a_folder_that_is_no_classifier_or_a_damaged_one_is_refused(finished, tm
     assert math.isfinite(sum(float(p.detach().sum()) for p in load_classifier(str(tmp_path)).model.parameters()))
 
 
+@pytest.mark.slow
 def test_the_script_trains_from_the_command_line(tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "train_vision.py"
     options = ["--max-updates", "1", "--eval-every", "1", "--batch-size", "8", "--num-threads", "1", "--ba-m", "2"]

@@ -38,10 +38,12 @@ class Views:
     @classmethod
     def of(cls, config: VisionConfig, images: ImageSplits) -> Views:
         """The views of a run: statistics of a set that is one tensor, else those of ImageNet."""
+        mean: Sequence[float]
+        std: Sequence[float]
         mean, std = _IMAGENET
         if (pixels := images.train.tensor) is not None:
-            by_channel = pixels.transpose(0, 1).flatten(1).double() / 255
-            mean, std = (tuple(x.tolist()) for x in (by_channel.mean(1), by_channel.std(1)))
+            by_channel = [torch.std_mean(channel.float() / 255) for channel in pixels.unbind(1)]
+            std, mean = (tuple(map(float, x)) for x in zip(*by_channel, strict=True))
         size = config.image_size
         resized = round(size * _RESIZED) if size is not None and config.random_resized_crop else None
         return cls(mean, std, size, resized)
@@ -79,13 +81,13 @@ def worker_transform(config: VisionConfig, views: Views) -> Callable[[Tensor], T
     elif views.size is not None:
         steps.append(v2.Resize([views.size, views.size], antialias=True))
     if config.crop_padding:
-        steps.append(_alone(RandomCrop(config.crop_padding)))
+        steps.append(_Alone(RandomCrop(config.crop_padding)))
     if config.flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.auto_augment != "none":
         steps.append(_POLICIES[config.auto_augment]())
     if config.cutout:
-        steps += [_alone(views.normalize), _alone(Cutout(config.cutout_size))]
+        steps += [_Alone(views.normalize), _Alone(Cutout(config.cutout_size))]
     return v2.Compose(steps) if steps else torch.clone
 
 
@@ -100,5 +102,11 @@ def why_not_on_device(config: VisionConfig, images: ImageSplits) -> str | None:
     return None if config.auto_augment == "none" else f"--auto-augment {config.auto_augment} works image by image"
 
 
-def _alone(transform: BatchTransform) -> Callable[[Tensor], Tensor]:
-    return lambda image: transform(image[None])[0]
+@dataclass(frozen=True)
+class _Alone:
+    """A transform of batches, for one image; loaders can send it to their processes."""
+
+    transform: BatchTransform
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.transform(image[None])[0]

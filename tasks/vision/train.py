@@ -16,7 +16,7 @@ from seqba.modules import convert_ghost_batch_norm
 from seqba.sampler import FixedBatchSampler
 from seqba.schedule import step_decay
 from seqba.step import TrainStep, UpdateResult
-from seqba.transforms import Mixup
+from seqba.transforms import Compose, Mixup
 from tasks.cli.errors import DataError, UserError
 from tasks.cli.machine import start_accelerator
 from tasks.models.audit import refuse_identical_copies
@@ -174,7 +174,7 @@ def make_pipeline(
         raise UserError(f"--pipeline device is not possible: {reason}; leave it out, or give --pipeline workers")
     if reason is None and config.pipeline != "workers":
         return DevicePipeline(images.train, seed, mixup, accelerator.device, device_transform(config, views))
-    finish: Callable = (lambda x: x) if config.cutout else views.normalize
+    finish = Compose([]) if config.cutout else views.normalize
     return WorkerPipeline(
         images.train, seed, mixup, accelerator.device, worker_transform(config, views), copies, finish
     )

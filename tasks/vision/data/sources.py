@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _read_data_set(data: str, seed: int) -> tuple[ImageSet, ImageSet | None, Ima
                 f"{columns[label].num_classes} classes"
             )
         names = [f"{split} {rows._fingerprint}"] * len(rows)
-        return ImageSet(rows, classes, lambda row: _decode_row(row, images[0]), names)
+        return ImageSet(rows, classes, partial(_decode_row, column=images[0]), names)
 
     train, valid, test = (image_set(there[split]) for split in _SPLITS)
     return (*_with_test(train, valid, test, seed), columns[label].names)
