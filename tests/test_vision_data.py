@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tasks.cli.errors import DataError
-from tasks.vision.data import cifar, load_images
+from tasks.vision.data import cifar, load_images, sources
 from tasks.vision.data.decode import decode_file, to_tensor
 from tasks.vision.data.drawn import CLASSES, draw_images
 from tasks.vision.data.image_set import stratified
@@ -94,6 +94,35 @@ def test_what_is_held_out_has_each_class_by_its_share_and_is_no_longer_in_the_re
     assert not torch.equal(some, stratified(labels, count, seed=2)[0])
 
 
+def test_the_splits_of_drawn_images_follow_the_seed_and_share_no_image(monkeypatch):
+    monkeypatch.setattr(sources, "_DRAWN", {"train": 30, "valid": 20, "test": 20})
+    images = load_images(None, seed=1)
+    pixels = torch.cat([images.train.tensor, images.valid.tensor, images.test.tensor])
+    assert len(pixels.flatten(1).unique(dim=0)) == 70
+    assert torch.equal(pixels, draw_images(70, 1).tensor)
+    assert not torch.equal(load_images(None, seed=2).train.tensor, images.train.tensor)
+    fewer = load_images(None, seed=1, train_images=20)
+    assert torch.bincount(fewer.train.labels).tolist() == [2] * 10
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_the_fingerprint_names_the_pixels_and_the_labels_of_training_and_validation(part, monkeypatch):
+    monkeypatch.setattr(sources, "_DRAWN", {"train": 30, "valid": 20, "test": 20})
+    images = load_images(None)
+    before = images.fingerprint
+    split = getattr(images, part)
+    split.tensor[3, 0, 4, 5] += 1
+    changed = images.fingerprint
+    split.labels[2] = (split.labels[2] + 1) % 10
+    assert len({before, changed, images.fingerprint}) == 3
+
+
+def test_a_class_without_an_image_to_train_on_is_named(monkeypatch):
+    monkeypatch.setattr(sources, "_DRAWN", {"train": 30, "valid": 20, "test": 20})
+    with pytest.raises(DataError, match=r"5 classes have no image to train on, '.*' for one"):
+        load_images(None, train_images=5)
+
+
 # ---- CIFAR
 
 
@@ -106,8 +135,8 @@ def write_cifar(folder, monkeypatch, *, packed=(), fine=False):
     for name in (*archive.train, *archive.test, archive.meta):
         content = {archive.names: [f"class {i}" for i in range(archive.num_classes)]}
         if name != archive.meta:
-            data = generator.integers(0, 256, (20, 3_072), dtype=np.uint8)
-            content = {"data": data, archive.labels: [int(i) % archive.num_classes for i in range(20)]}
+            data = generator.integers(0, 256, (2 * archive.num_classes, 3_072), dtype=np.uint8)
+            content = {"data": data, archive.labels: [int(i) % archive.num_classes for i in range(len(data))]}
         data = pickle.dumps(content, protocol=2)
         file = folder / (f"{name}.xz" if name in packed else name)
         file.write_bytes(lzma.compress(data) if name in packed else data)
@@ -125,8 +154,8 @@ def test_an_archive_is_read_packed_or_plain_from_its_folder_or_the_one_above(fin
     folder = write_cifar(tmp_path, monkeypatch, packed=packed, fine=fine)
     for place in (folder, tmp_path):
         images = load_images(str(place), valid_images=5)
-        per_split = 15 if fine else 95
-        assert (len(images.train), len(images.valid), len(images.test)) == (per_split, 5, 20)
+        sizes = (195, 5, 200) if fine else (95, 5, 20)
+        assert (len(images.train), len(images.valid), len(images.test)) == sizes
         assert images.classes[3] == "class 3"
         member = folder / next(iter(cifar.ARCHIVES[0].test))
         raw = member.read_bytes() if member.exists() else lzma.decompress(Path(f"{member}.xz").read_bytes())
@@ -249,6 +278,25 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
         load_images(str(tmp_path / "b"), valid_images=2, train_images=11)
     with pytest.raises(DataError, match="cannot load"):
         load_images(str(tmp_path / "nothing"))
+
+
+def test_an_image_keeps_its_class_and_its_pixels_through_every_cut(tmp_path):
+    for label, name in enumerate(("cat", "dog", "fox")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (4, 3), (label, i, 7)).save(tmp_path / name / f"{i}.png")
+    images = load_images(str(tmp_path), valid_images=6, train_images=9)
+    met = []
+    for part in (images.train, images.valid, images.test):
+        for i in range(len(part)):
+            sample = part[i]
+            label, number, _ = sample["image"][:, 1, 2].tolist()
+            assert sample["label"] == label == int(part.labels[i])
+            met.append((label, number))
+    assert len(set(met)) == len(met) == 9 + 6 + 6
+    before = images.fingerprint
+    Image.new("RGB", (40, 30)).save(tmp_path / "cat" / f"{images.train.items[0].stem}.png")
+    assert load_images(str(tmp_path), valid_images=6, train_images=9).fingerprint != before
 
 
 # ---- data sets

@@ -30,16 +30,16 @@ def _draw(label: int, generator: np.random.Generator) -> np.ndarray:
     ground, colour = _two_colours(generator)
     image = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(image)
-    for _ in range(int(generator.integers(0, 4))):  # bars and spots behind the shape
+    for _ in range(int(generator.integers(0, 3))):  # spots behind the shape
         x, y, width, height = generator.integers(0, side, 4)
         draw.ellipse([x - width / 8, y - height / 8, x + width / 8, y + height / 8], fill=_near(colour, generator))
-    radius = side * generator.uniform(0.14, 0.3)
+    radius = side * generator.uniform(0.2, 0.36)
     centre = generator.uniform(radius, side - radius, 2)
-    tilt = generator.uniform(-0.5, 0.5)
+    tilt = generator.uniform(-0.4, 0.4)
     _shape(draw, CLASSES[label], centre, radius, tilt, colour, ground)
-    blurred = image.filter(ImageFilter.GaussianBlur(float(generator.uniform(0, 3))))
+    blurred = image.filter(ImageFilter.GaussianBlur(float(generator.uniform(0, 2))))
     pixels = np.asarray(blurred.resize((SIZE, SIZE), Image.Resampling.BOX)).astype(np.float32)
-    noisy = pixels + generator.normal(0, 18, pixels.shape)
+    noisy = pixels + generator.normal(0, 8, pixels.shape)
     return noisy.clip(0, 255).astype(np.uint8)
 
 
@@ -85,11 +85,11 @@ def _shape(
 
 
 def _two_colours(generator: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Colours whose brightness differs enough to be seen."""
+    """A ground, and a colour that is brighter by enough to be seen."""
     while True:
-        first, second = generator.integers(0, 256, (2, 3))
-        if abs(first.mean() - second.mean()) > 50:
-            return tuple(map(int, first)), tuple(map(int, second))
+        ground, colour = generator.integers(0, 256, (2, 3))
+        if colour.mean() - ground.mean() > 60:
+            return tuple(map(int, ground)), tuple(map(int, colour))
 
 
 def _near(colour: tuple[int, ...], generator: np.random.Generator) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from tasks.vision.data.image_set import ImageSet, fingerprint, stratified
 
 logger = logging.getLogger(__name__)
 
-_DRAWN = {"train": 1_500, "valid": 1_000, "test": 2_000}
+_DRAWN = {"train": 400, "valid": 1_000, "test": 2_000}
 _SPLITS = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -76,6 +76,12 @@ def load_images(
         if train_images > len(train):
             raise DataError(f"--train-images {train_images:,} is more than the {len(train):,} images to train on")
         train = train.subset(stratified(train.labels, train_images, seed)[0])
+    trained = torch.bincount(train.labels, minlength=len(classes))
+    if missing := [name for name, count in zip(classes, trained.tolist(), strict=True) if not count]:
+        raise DataError(
+            f"{data or 'the drawn images'}: {len(missing)} classes have no image to train on, {missing[0]!r} for one; "
+            "give more training images, or hold out fewer"
+        )
     name = f"drawn images of ten shapes, seed {seed}" if data is None else data
     counts = f"{len(train):,} training, {len(valid):,} validation and {len(test):,} test images"
     logger.info(f"{name}: {counts} of {len(classes)} classes")
@@ -159,7 +165,7 @@ def _read_data_set(data: str, seed: int) -> tuple[ImageSet, ImageSet | None, Ima
                 f"{data}: the split {split} has the labels {int(classes.min())} to {int(classes.max())}, of "
                 f"{columns[label].num_classes} classes"
             )
-        names = [f"{split} {rows._fingerprint}"] * len(rows)
+        names = [f"{split} {rows._fingerprint} {i}" for i in range(len(rows))]
         return ImageSet(rows, classes, partial(_decode_row, column=images[0]), names)
 
     train, valid, test = (image_set(there[split]) for split in _SPLITS)
