@@ -239,11 +239,12 @@ def test_hidden_files_are_passed_over_and_others_counted(tmp_path, caplog):
     folder = write_folder(tmp_path)
     (folder / "train" / "cat" / ".DS_Store").write_text("x")
     (folder / "train" / ".git").mkdir()
-    (folder / "train" / "cat" / "notes.txt").write_text("x")
+    for name in ("notes.txt", "notes.pdf"):
+        (folder / "train" / "cat" / name).write_text("x")
     with caplog.at_level("INFO", "tasks"):
         images = load_images(str(folder), valid_images=2)
     assert len(images.train) == 10
-    assert "1 files are no images by their names, and left out: notes.txt" in caplog.text
+    assert "2 files are no images by their names, and left out: notes.pdf, notes.txt" in caplog.text
     assert ".DS_Store" not in caplog.text
 
 

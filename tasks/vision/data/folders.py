@@ -41,7 +41,7 @@ def read_folder(folder: Path, classes: Sequence[str], *, skip_corrupt: bool) -> 
     files: list[Path] = []
     labels: list[int] = []
     others: list[Path] = []
-    known = Image.registered_extensions()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for label, name in enumerate(classes):
         found = [path for path in sorted((folder / name).rglob("*")) if path.is_file() and _is_shown(path, folder)]
         images = [path for path in found if path.suffix.lower() in known]
