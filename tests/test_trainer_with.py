@@ -1,8 +1,11 @@
 """The gradient law beside what else a training script switches on: precision, checkpointing, compilers, peft, TRL."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -155,6 +158,14 @@ def test_the_noise_of_neftune_is_the_transform(tmp_path):
 # ---- compilers
 
 
+@pytest.fixture
+def compiler(monkeypatch) -> Iterator[None]:
+    """`torch_compile` of one Trainer would otherwise compile the models that accelerate prepares in later tests."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    yield
+    AcceleratorState._reset_state()
+
+
 class MaskShown(nn.Module):
     """Its output is a dropout mask, scaled."""
 
@@ -167,6 +178,7 @@ class MaskShown(nn.Module):
         return {"loss": logits.mean(), "logits": logits}
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.trap(26)
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_masks_keep_their_rate_and_are_independent_between_copies_compiled_or_not(backend, tmp_path):
@@ -192,6 +204,7 @@ def test_masks_keep_their_rate_and_are_independent_between_copies_compiled_or_no
     assert correlations.abs().max() < 5 / rows.shape[1] ** 0.5
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.trap(26)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -204,6 +217,7 @@ def test_the_gradient_of_a_compiled_model_is_the_law(backend, tmp_path):
     assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_reproducible_copies_of_a_compiled_model_are_refused(tmp_path):
     settings = {"torch_compile": True}
     with pytest.raises(ValueError, match="a compiled model draws inside its kernels"):
