@@ -40,6 +40,7 @@ def test_every_option_is_one_of_the_scripts():
         "train_ptb.py",
         "eval_ppl.py",
         "train_vision.py",
+        "eval_vision.py",
         "finetune.py",
         "audit_masks.py",
     )

@@ -1,0 +1,76 @@
+"""The options of an evaluation: models, images, test-time augmentation, comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from tasks.cli.errors import UserError
+from tasks.cli.machine import MachineOptions
+from tasks.cli.options import OptionParser, check_least, flag, option
+from tasks.models.names import check_models
+
+Mean = Literal["probabilities", "logits"]
+Split = Literal["train", "valid", "test"]
+
+_LEAST = {
+    "corpus_seed": 0, "valid_images": 1, "tta": 0, "crop_padding": 0, "batch_size": 1, "num_workers": 0,
+    "resamples": 1, "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """All options of `scripts/eval_vision.py`."""
+
+    model: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of trained classifiers, runs/NAME/model; the first is the baseline"},
+    )
+
+    # images
+    data: str | None = option(
+        None,
+        "as of train_vision.py: a folder of a CIFAR archive, of class folders or of save_to_disk, or a hub id; drawn "
+        "images by default",
+    )
+    split: str = option("test", "train, valid or test")
+    corpus_seed: int = option(0, "seed of the drawn images and of what is held out, as the training had it")
+    valid_images: int = option(1_000, "with --split valid or train: the images held out, as the training had it")
+    on_corrupt: str = option("refuse", "what becomes of an image that cannot be decoded: refuse, or skip and count")
+
+    # test-time augmentation
+    tta: int = option(0, "N: classify by the mean over N random views of an image as well; 0 does not")
+    tta_mean: str = option("probabilities", "of the views' probabilities, or of their logits")
+    crop_padding: int = option(4, "pixels of padding of a view's random crop, of models that see whole images")
+    flip: bool = option(True, "mirror every other view, left to right")
+
+    # results
+    batch_size: int = option(256, "images of a batch")
+    num_workers: int = option(0, "processes that decode images")
+    output_dir: str | None = option(None, "new folder for results.json")
+    resamples: int = option(1_000, "of the paired bootstrap between several models")
+    seed: int = option(12_345, "of the bootstrap and of the views of --tta")
+
+    def __post_init__(self) -> None:
+        check_least(self, _LEAST)
+        check_models(self.model)
+        choices = {"split": get_args(Split), "tta_mean": get_args(Mean), "on_corrupt": ("refuse", "skip")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)}")
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[AccuracyConfig, MachineOptions]:
+    """Options from the command line (`--tta-mean` and `--tta_mean` alike).
+
+    Raises:
+        UserError: a value out of range, an option that is unknown or missing; the message names it.
+    """
+    parser = OptionParser(
+        (AccuracyConfig, MachineOptions), allow_abbrev=False, description="Score images by trained classifiers."
+    )
+    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
+    config, machine = parser.parse_args_into_dataclasses(argv)
+    return config, machine
