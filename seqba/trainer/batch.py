@@ -1,7 +1,7 @@
 """What a Trainer's training batch holds: its samples, its targets, and whether its rows may stand beside copies."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from accelerate.utils import find_batch_size
 from torch import Tensor
 
 from seqba.loss import count_targets
-from seqba.repeat import count_samples, repeat_batch
+from seqba.repeat import copy_ids, count_samples, repeat_batch
 
 # What `count_items` counts, by position.
 SAMPLES, TARGETS, SHIFTED_TARGETS = 0, 1, 2
@@ -88,6 +88,31 @@ def take_copies(batch: Mapping[str, Any], num_copies: int) -> Any:
         return repeat_batch(batch, num_copies)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{error}; or run one copy a pass (copies_per_pass=1)") from error
+
+
+def transformed(
+    rows: Any, name: str, transform: Callable[..., Tensor], copies: tuple[int, ...], key: tuple[int, ...]
+) -> Any:
+    """The rows of a pass, their images under T: what is drawn for a row depends on (*key, copy, sample) alone.
+
+    Args:
+        rows: of `take_copies`, whose images are written over; (K*B, C, H, W), copy-major, under `name`.
+        transform: T, called with the images and `keys`, as a `seqba.transforms.BatchTransform`.
+        copies: the copies that the rows are.
+        key: of the batch: (seed, update, shard).
+
+    Raises:
+        ValueError: there are no images under `name`.
+    """
+    images = rows.get(name)
+    if not isinstance(images, Tensor):
+        raise ValueError(f"transform needs the images of a batch under {name!r}, which has {', '.join(rows)}")
+    size = len(images) // len(copies)
+    which = torch.tensor(copies)[copy_ids(len(copies), size)]
+    samples = torch.arange(size).repeat(len(copies))
+    keys = torch.stack([*(torch.full_like(which, number) for number in key), which, samples], 1)
+    rows[name] = transform(images, keys=keys.to(images.device))
+    return rows
 
 
 def _count_sequences(batch: Mapping[str, Any]) -> int | Tensor:

@@ -1,6 +1,6 @@
 """The mixin that repeats training batches inside the step of any Trainer, and what it makes of transformers' own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArgum
 from seqba.arguments import choose_arguments
 from seqba.groups import CopyGroup
 from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
-from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies
+from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies, transformed
 from seqba.trainer.checks import check_copies, measured, plan_for, refuse_missing_decoder_inputs, refuse_unsupported
 from seqba.trainer.counters import BatchAugmentationCounters
 from seqba.trainer.loss import Divisor, LossForm, part_of_update
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
 else:
     _TrainerBase = object
+
+_TRIED = 16  # copies, before T is said to make none differ: two of them are equal by chance
 
 
 @dataclass
@@ -53,6 +55,9 @@ class BatchAugmentationMixin(_TrainerBase):
             the masks are the same under every plan (`seqba.copy_streams`).
         allow_identical_copies: train even where nothing random makes the copies of a sample differ.
         ba_args: all four in one object, instead of them.
+        transform: T on the images of training batches, on the device: a `seqba.transforms.BatchTransform`, which
+            `EachImage` makes of a transform of torchvision's. Each copy of an image has its own draws, a function of
+            (seed, update, shard, copy, sample): neither plans nor a resume change them. None by default.
 
     Raises:
         ValueError: an option out of range.
@@ -71,6 +76,7 @@ class BatchAugmentationMixin(_TrainerBase):
         reproducible_copies: bool | None = None,
         allow_identical_copies: bool | None = None,
         ba_args: BatchAugmentationArguments | None = None,
+        transform: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         arguments = choose_arguments(
@@ -82,7 +88,7 @@ class BatchAugmentationMixin(_TrainerBase):
         )
         super().__init__(*args, **kwargs)
         refuse_unsupported(self, arguments.reproducible_copies)
-        self._ba_setup(arguments)
+        self._ba_setup(arguments, transform)
 
     @property
     def counters(self) -> BatchAugmentationCounters:
@@ -111,12 +117,14 @@ class BatchAugmentationMixin(_TrainerBase):
         items.done += 1
         self._ba_look_at(model, inputs, num_items_in_batch)
 
+        update = self.state.global_step + 1
+
         def run_pass(one: Pass, inputs: Any) -> Tensor:
+            rows = self._ba_copies(inputs, one.copies, (self.args.seed, update, one.shard))
             with self._ba_weighted_loss(batch, len(one.copies)):
-                return self._ba_pass(model, take_copies(inputs, len(one.copies)), num_items_in_batch)
+                return self._ba_pass(model, rows, num_items_in_batch)
 
         with self._ba_generators(run.loop.group.shard(batch, of)):
-            update = self.state.global_step + 1
             loss = run.loop.run(model, [inputs], run_pass, update=update, first=batch, of=of, try_first=items.try_first)
         if items.done == of:
             self._ba_finish(items)
@@ -138,8 +146,8 @@ class BatchAugmentationMixin(_TrainerBase):
 
     # ---- an update
 
-    def _ba_setup(self, arguments: BatchAugmentationArguments) -> None:
-        self.ba_args = arguments
+    def _ba_setup(self, arguments: BatchAugmentationArguments, transform: Callable[..., Tensor] | None) -> None:
+        self.ba_args, self._ba_transform = arguments, transform
         self._ba_run = self._ba_new_run()
         self.add_callback(BatchAugmentationCounters())
 
@@ -192,7 +200,8 @@ class BatchAugmentationMixin(_TrainerBase):
         if is_new and run.form is not None:
             run.loop.plan = plan_for(self, run.loop.plan, run.form, run.packed)
         if self.ba_args.ba_m > 1 and not run.has_audited and not self.ba_args.allow_identical_copies:
-            check_copies(self, model, inputs)
+            if not self._ba_parts_copies(inputs):
+                check_copies(self, model, inputs)
             run.has_audited = True
         put_back()
 
@@ -206,6 +215,22 @@ class BatchAugmentationMixin(_TrainerBase):
         return self._ba_run.form.target if self._ba_run.form is not None else TARGETS
 
     # ---- a pass
+
+    def _ba_copies(self, inputs: Any, copies: tuple[int, ...], key: tuple[int, ...]) -> Any:
+        """The rows of a pass, under T."""
+        rows = take_copies(inputs, len(copies))
+        if self._ba_transform is None:
+            return rows
+        name = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
+        return transformed(rows, name, self._ba_transform, copies, key)
+
+    def _ba_parts_copies(self, inputs: Any) -> bool:
+        """Whether T makes two copies of a batch differ."""
+        if self._ba_transform is None:
+            return False
+        views = (self._ba_copies(inputs, (copy,), (self.args.seed, 0, 0)) for copy in range(_TRIED))
+        first = next(views)
+        return any(not torch.equal(x, view[name]) for view in views for name, x in first.items() if torch.is_tensor(x))
 
     def _ba_pass(self, model: nn.Module, rows: Any, num_items: Any) -> Tensor:
         """The Trainer's step on the rows of a pass, told the targets of all copies where the loss divides by them."""
@@ -266,12 +291,14 @@ def augment(
     reproducible_copies: bool | None = None,
     allow_identical_copies: bool | None = None,
     ba_args: BatchAugmentationArguments | None = None,
+    transform: Callable[..., Tensor] | None = None,
 ) -> Trainer:
     """Give a trainer that somebody else's code made Batch Augmentation: `BatchAugmentationMixin` in front of its class.
 
     Args:
         trainer: not yet training.
-        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ba_args: as of `BatchAugmentationMixin`.
+        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ba_args, transform: as of
+            `BatchAugmentationMixin`.
 
     Returns:
         The same object, changed.
@@ -292,5 +319,5 @@ def augment(
     refuse_unsupported(trainer, arguments.reproducible_copies)
     plain = type(trainer)
     trainer.__class__ = type(f"BatchAugmentation{plain.__name__}", (BatchAugmentationMixin, plain), {})
-    trainer._ba_setup(arguments)
+    trainer._ba_setup(arguments, transform)
     return trainer

@@ -9,5 +9,6 @@ from seqba.transforms.batched import Compose as Compose
 from seqba.transforms.batched import Normalize as Normalize
 from seqba.transforms.crop import RandomCrop as RandomCrop
 from seqba.transforms.cutout import Cutout as Cutout
+from seqba.transforms.each import EachImage as EachImage
 from seqba.transforms.flip import RandomHorizontalFlip as RandomHorizontalFlip
 from seqba.transforms.mixup import Mixup as Mixup
