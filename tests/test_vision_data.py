@@ -1,5 +1,6 @@
 """Images from archives, folders and data sets of every kind, and what is refused."""
 
+import io
 import lzma
 import os
 import pickle
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from tasks.cli.errors import DataError
 from tasks.vision.data import cifar, load_images, sources
@@ -129,20 +131,23 @@ def test_a_class_without_an_image_to_train_on_is_named(monkeypatch):
 def write_cifar(folder, monkeypatch, *, packed=(), fine=False):
     """A small archive of the published layout; the md5 of its files is taken for the published one."""
     archive = cifar.ARCHIVES[int(fine)]
-    folder = folder / archive.folder
+    folder, num_classes = folder / archive.folder, 100 if fine else 10
     folder.mkdir()
     generator, md5 = np.random.default_rng(0), {}
     for name in (*archive.train, *archive.test, archive.meta):
-        content = {archive.names: [f"class {i}" for i in range(archive.num_classes)]}
+        content = {archive.names: [f"class {i}" for i in range(num_classes)]}
         if name != archive.meta:
-            data = generator.integers(0, 256, (2 * archive.num_classes, 3_072), dtype=np.uint8)
-            content = {"data": data, archive.labels: [int(i) % archive.num_classes for i in range(len(data))]}
+            data = generator.integers(0, 256, (2 * num_classes, 3_072), dtype=np.uint8)
+            content = {"data": data, archive.labels: [int(i) % num_classes for i in range(len(data))]}
         data = pickle.dumps(content, protocol=2)
         file = folder / (f"{name}.xz" if name in packed else name)
         file.write_bytes(lzma.compress(data) if name in packed else data)
         md5[name] = __import__("hashlib").md5(data).hexdigest()
     known = replace(
-        archive, train={name: md5[name] for name in archive.train}, test={name: md5[name] for name in archive.test}
+        archive,
+        train={name: md5[name] for name in archive.train},
+        test={name: md5[name] for name in archive.test},
+        meta_md5=md5[archive.meta],
     )
     monkeypatch.setattr(cifar, "ARCHIVES", (known,))
     return folder
@@ -186,6 +191,12 @@ def test_a_pickle_that_would_run_something_or_is_not_what_was_published_is_refus
         DataError, match=r"data_batch_3 is not the published file: its md5 is \w+, not \w+; get it anew"
     ):
         load_images(str(folder), valid_images=5)
+    names = (folder / "batches.meta").read_bytes()
+    (folder / "data_batch_3").write_bytes(whole)
+    (folder / "batches.meta").write_bytes(names.replace(b"class 1", b"class 7"))
+    with pytest.raises(DataError, match=r"batches\.meta is not the published file"):
+        load_images(str(folder), valid_images=5)
+    (folder / "batches.meta").write_bytes(names)
     (folder / "data_batch_3").unlink()
     with pytest.raises(DataError, match=r"has no data_batch_3 \(nor data_batch_3\.xz\)"):
         load_images(str(folder), valid_images=5)
@@ -271,6 +282,10 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
     (folder / "train" / "ape").mkdir()
     with pytest.raises(DataError, match=r"train/ape has no image"):
         load_images(str(folder), valid_images=2)
+    (folder / "train" / "ape").rmdir()
+    (folder / "test" / "cat").rename(folder / "test" / ".cat")
+    with pytest.raises(DataError, match=r"test has no folder 'cat', a class of the training images"):
+        load_images(str(folder), valid_images=2)
     with pytest.raises(DataError, match="neither train/CLASS"):
         load_images(str(tmp_path / "a" / "train" / "cat"), valid_images=2)
     with pytest.raises(DataError, match="12 training images, of which --valid-images 12 cannot be held out"):
@@ -318,3 +333,91 @@ def test_a_saved_data_set_with_images_and_classes_is_read(tmp_path):
     plain.save_to_disk(str(tmp_path / "plain"))
     with pytest.raises(DataError, match=r"has the columns x; it needs one of images and one of classes"):
         load_images(str(tmp_path / "plain"))
+
+
+def save_splits(path, columns, kinds):
+    """A data set with the same features in every split; `columns`: split -> rows."""
+    features = datasets.Features(kinds)
+    made = {split: datasets.Dataset.from_dict(rows, features) for split, rows in columns.items()}
+    datasets.DatasetDict(made).save_to_disk(str(path))
+    return str(path)
+
+
+IMAGES = [Image.fromarray(PIXELS)] * 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "classes"),
+    [
+        (datasets.Value("int64"), [3, 10, 3, 10, 7, 7], ["3", "7", "10"]),
+        (datasets.Value("string"), ["b", "a", "b", "a", "c", "c"], ["a", "b", "c"]),
+    ],
+)
+def test_classes_may_be_numbers_or_names(kind, labels, classes, tmp_path):
+    columns = {"train": {"image": IMAGES, "label": labels}, "test": {"image": IMAGES[:2], "label": labels[:2]}}
+    images = load_images(
+        save_splits(tmp_path / "a", columns, {"image": datasets.Image(), "label": kind}), valid_images=1
+    )
+    assert list(images.classes) == classes
+    assert [classes[label] for label in images.test.labels] == [str(label) for label in labels[:2]]
+    columns["test"]["label"] = [labels[0], 99 if kind.dtype == "int64" else "z"]
+    wrong = save_splits(tmp_path / "b", columns, {"image": datasets.Image(), "label": kind})
+    with pytest.raises(
+        DataError, match=r"row 1 of the split test has the label ('z'|99), which is none of the 3 classes"
+    ):
+        load_images(wrong, valid_images=1)
+
+
+def test_a_split_with_hidden_labels_is_left_out_and_said(tmp_path, caplog):
+    columns = {
+        "train": {"image": IMAGES, "label": [0, 1] * 3},
+        "validation": {"image": IMAGES[:3], "label": [0, 1, 1]},
+        "test": {"image": IMAGES, "label": [-1] * 6},
+    }
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    with caplog.at_level("INFO", "tasks"):
+        images = load_images(save_splits(tmp_path / "a", columns, kinds), valid_images=2)
+    assert (len(images.train), len(images.valid), len(images.test)) == (4, 2, 3)
+    assert "the labels of the split test are hidden, and it is left out" in caplog.text
+    assert "there is no test split: the validation split takes its place" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_corrupt_image_of_a_data_set_is_named_by_its_row_or_left_out(num_workers, tmp_path, caplog):
+    good = io.BytesIO()
+    IMAGES[0].save(good, "PNG")
+    rows = [{"bytes": good.getvalue(), "path": None}] * 5 + [{"bytes": b"no image", "path": None}]
+    columns = {split: {"image": rows, "label": [0, 1] * 3} for split in ("train", "test")}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    data = save_splits(tmp_path / "a", columns, kinds)
+    images = load_images(data, valid_images=2)
+    loader = DataLoader(images.test, batch_size=None, num_workers=num_workers)
+    with pytest.raises(
+        DataError, match=r"^row 5 of the split test cannot be decoded: cannot identify image file[^:]*$"
+    ):
+        list(loader)
+    with caplog.at_level("INFO", "tasks"):
+        images = load_images(data, valid_images=2, skip_corrupt=True)
+    assert (len(images.train) + len(images.valid), len(images.test)) == (5, 5)
+    assert caplog.text.count("1 images are left out: row 5 of the split") == 2
+
+
+def test_images_of_a_class_that_are_all_corrupt_are_refused(tmp_path):
+    folder = write_folder(tmp_path, count=2)
+    for path in (folder / "test" / "dog").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"test/dog has no image that can be decoded"):
+        load_images(str(folder), valid_images=2, skip_corrupt=True)
+
+
+def test_a_second_folder_of_a_split_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO", "tasks"):
+        load_images(str(write_folder(tmp_path, ("train", "val", "valid", "test"))))
+    assert "valid are the valid images, and val is left out" in caplog.text
+
+
+def test_grey_of_32_bits_is_refused_and_of_16_bits_read():
+    wide = Image.fromarray(np.array([[0, 65_535]], dtype=np.int32))
+    assert to_tensor(wide)[0].tolist() == [[0, 255]]
+    with pytest.raises(ValueError, match="its pixels are 32-bit numbers, 0 to 65536"):
+        to_tensor(Image.fromarray(np.array([[0, 65_536]], dtype=np.int32)))

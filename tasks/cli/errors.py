@@ -21,6 +21,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, details: str = "") -> None:
+        # a loader's process hands its error over as a traceback in text, which ends with the message
+        message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
         super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
         self.details = details
 

@@ -31,8 +31,8 @@ class Archive:
     test: dict[str, str]
     labels: str
     meta: str
+    meta_md5: str
     names: str
-    num_classes: int
 
 
 ARCHIVES = (
@@ -48,8 +48,8 @@ ARCHIVES = (
         {"test_batch": "40351d587109b95175f43aff81a1287e"},
         "labels",
         "batches.meta",
+        "5ff9c542aee3614f3951f8cda6e48888",
         "label_names",
-        10,
     ),
     Archive(
         "cifar-100-python",
@@ -57,8 +57,8 @@ ARCHIVES = (
         {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
         "fine_labels",
         "meta",
+        "7973b15100ade9c7d40fb424638fde48",
         "fine_label_names",
-        100,
     ),
 )
 
@@ -85,8 +85,8 @@ def read_archive(archive: Archive, folder: Path) -> tuple[ImageSet, ImageSet, li
         _join([_read_images(archive, folder, name, md5) for name, md5 in members.items()])
         for members in (archive.train, archive.test)
     )
-    names = [str(name) for name in _unpickle(folder, archive.meta)[0].get(archive.names, range(archive.num_classes))]
-    return train, test, names
+    names = _unpickle(folder, archive.meta, archive.meta_md5)[archive.names]
+    return train, test, [str(name) for name in names]
 
 
 def _join(parts: list[tuple[np.ndarray, list[int]]]) -> ImageSet:
@@ -95,16 +95,13 @@ def _join(parts: list[tuple[np.ndarray, list[int]]]) -> ImageSet:
 
 
 def _read_images(archive: Archive, folder: Path, name: str, md5: str) -> tuple[np.ndarray, list[int]]:
-    content, found = _unpickle(folder, name)
-    path = folder / name
-    if found != md5:
-        raise DataError(f"{path} is not the published file: its md5 is {found}, not {md5}; get it anew")
+    content = _unpickle(folder, name, md5)
     images, labels = content["data"], content[archive.labels]
     return images.reshape(-1, 3, 32, 32), labels
 
 
-def _unpickle(folder: Path, name: str) -> tuple[dict[str, Any], str]:
-    """A member's content, and the md5 of its bytes."""
+def _unpickle(folder: Path, name: str, md5: str) -> dict[str, Any]:
+    """A member's content, which must have the published md5."""
     plain, packed = folder / name, folder / f"{name}.xz"
     path = plain if plain.is_file() else packed
     try:
@@ -117,7 +114,10 @@ def _unpickle(folder: Path, name: str) -> tuple[dict[str, Any], str]:
     except Exception as error:  # of a damaged pickle: nearly any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is no file of CIFAR, or damaged: {reason}") from error
-    return content, hashlib.md5(data, usedforsecurity=False).hexdigest()
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise DataError(f"{folder / name} is not the published file: its md5 is {found}, not {md5}; get it anew")
+    return content
 
 
 class _ArraysOnly(pickle.Unpickler):

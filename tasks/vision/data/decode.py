@@ -37,10 +37,13 @@ def to_tensor(image: Any) -> Tensor:
     CMYK and other colour spaces become RGB.
 
     Raises:
-        ValueError: an image without pixels, or of floating-point numbers, whose range nobody knows.
+        ValueError: an image without pixels, or of floating-point or 32-bit numbers, whose range nobody knows.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BITS:
+        low, high = image.getextrema()
+        if not 0 <= low <= high < 2**16:
+            raise ValueError(f"its pixels are 32-bit numbers, {low} to {high}; convert it to 8 or 16 bits")
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")

@@ -43,11 +43,11 @@ def read_folder(folder: Path, classes: Sequence[str], *, skip_corrupt: bool) -> 
     others: list[Path] = []
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            raise DataError(f"{folder} has no folder {name!r}, a class of the training images")
         found = [path for path in sorted((folder / name).rglob("*")) if path.is_file() and _is_shown(path, folder)]
         images = [path for path in found if path.suffix.lower() in known]
         others += [path for path in found if path.suffix.lower() not in known]
-        if skip_corrupt:
-            images = _decodable(images)
         if not images:
             raise DataError(f"{folder / name} has no image; remove the folder, or put images of its class into it")
         files += images
@@ -55,25 +55,17 @@ def read_folder(folder: Path, classes: Sequence[str], *, skip_corrupt: bool) -> 
     if others:
         logger.info(f"{folder}: {len(others):,} files are no images by their names, and left out: {_some(others)}")
     names = [f"{path.relative_to(folder)} {path.stat().st_size}" for path in files]
-    return ImageSet(files, torch.tensor(labels), decode_file, names)
+    read = ImageSet(files, torch.tensor(labels), decode_file, names)
+    if not skip_corrupt:
+        return read
+    good = read.decodable()
+    if empty := sorted(set(range(len(classes))) - set(good.labels.tolist())):
+        raise DataError(f"{folder / classes[empty[0]]} has no image that can be decoded")
+    return good
 
 
 def _is_shown(path: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _decodable(paths: list[Path]) -> list[Path]:
-    good, bad = [], []
-    for path in paths:
-        try:
-            decode_file(path)
-        except DataError as error:
-            bad.append(str(error))
-        else:
-            good.append(path)
-    if bad:
-        logger.info(f"{len(bad):,} images are left out: {'; '.join(bad[:_SHOWN])}{' ...' if bad[_SHOWN:] else ''}")
-    return good
 
 
 def _some(paths: Sequence[Path]) -> str:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tasks.cli.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # reasons in a message
 
 
 class ImageSet:
@@ -49,6 +56,20 @@ class ImageSet:
         items = self.items[indices] if self.decode is None else _take(self.items, chosen)
         names = None if self.names is None else [self.names[i] for i in chosen]
         return ImageSet(items, self.labels[indices], self.decode, names)
+
+    def decodable(self) -> ImageSet:
+        """Those that can be decoded, all of which are; how many cannot be is said, with some reasons."""
+        good, bad = [], []
+        for index in range(len(self)):
+            try:
+                self[index]
+            except DataError as error:
+                bad.append(str(error))
+            else:
+                good.append(index)
+        if bad:
+            logger.info(f"{len(bad):,} images are left out: {'; '.join(bad[:_SHOWN])}{' ...' if bad[_SHOWN:] else ''}")
+        return self.subset(torch.tensor(good, dtype=torch.int64))
 
     def update(self, digest: Any) -> None:
         """Add what the split holds to a hash: pixels of a tensor, else the items' names; and all labels."""

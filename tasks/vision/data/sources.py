@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tasks.cli.errors import DataError
-from tasks.text.data_sets import load_data_set
 from tasks.vision.data.cifar import find_archive, read_archive
-from tasks.vision.data.decode import to_tensor
+from tasks.vision.data.data_sets import read_data_set
 from tasks.vision.data.drawn import CLASSES, draw_images
 from tasks.vision.data.folders import class_folders, read_folder
 from tasks.vision.data.image_set import ImageSet, fingerprint, stratified
@@ -23,7 +19,11 @@ from tasks.vision.data.image_set import ImageSet, fingerprint, stratified
 logger = logging.getLogger(__name__)
 
 _DRAWN = {"train": 400, "valid": 1_000, "test": 2_000}
-_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_SPLITS: dict[str, Sequence[str]] = {
+    "train": ("train",),
+    "valid": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_images(
         seed: of drawn images, and of what is held out.
         valid_images: held out of the training images where there is no validation split, each class by its share.
         train_images: so many of the rest, each class by its share; None for all.
-        skip_corrupt: leave out images that cannot be decoded, where they are files.
+        skip_corrupt: decode every image at once, and leave out those that cannot be.
 
     Raises:
         DataError: a split or an image is missing or damaged, or there are fewer images than are asked for.
@@ -100,13 +100,18 @@ def _read(data: str | None, seed: int, skip_corrupt: bool) -> tuple[ImageSet, Im
     folder = Path(data)
     if folder.is_dir() and not any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
         return _read_folders(folder, seed, skip_corrupt)
-    return _read_data_set(data, seed)
+    read, classes = read_data_set(data, _SPLITS, skip_corrupt=skip_corrupt)
+    return (*_with_test(read["train"], read["valid"], read["test"], seed), classes)
 
 
 def _read_folders(
     folder: Path, seed: int, skip_corrupt: bool
 ) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
     there = {split: [folder / name for name in names if (folder / name).is_dir()] for split, names in _SPLITS.items()}
+    for split, found in there.items():
+        if len(found) > 1:
+            ignored = ", ".join(path.name for path in found[1:])
+            logger.info(f"{folder}: {found[0].name} are the {split} images, and {ignored} is left out")
     if not there["train"]:
         classes = class_folders(folder)
         if len(classes) < 2:
@@ -133,47 +138,10 @@ def _with_test(
     if test is not None:
         return train, valid, test
     if valid is not None:
+        logger.info(
+            "there is no test split: the validation split takes its place, and validation is held out of training"
+        )
         return train, None, valid
+    logger.info("there is neither a test nor a validation split: a fifth of the images, drawn by class, is the test")
     some, rest = stratified(train.labels, len(train) // 5, seed)
     return train.subset(rest), None, train.subset(some)
-
-
-def _read_data_set(data: str, seed: int) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
-    import datasets
-
-    name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
-    splits = load_data_set(name, config or None, called=data)
-    there = {split: next((own for own in names if own in splits), None) for split, names in _SPLITS.items()}
-    if there["train"] is None:
-        raise DataError(f"{data} has the splits {', '.join(splits)}, and none to train on")
-    columns = splits[there["train"]].features
-    images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
-    labels = [column for column, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    if not images or not labels:
-        raise DataError(
-            f"{data} has the columns {', '.join(columns)}; it needs one of images and one of classes (ClassLabel)"
-        )
-    label = "label" if "label" in labels else labels[0]
-
-    def image_set(split: str | None) -> ImageSet | None:
-        if split is None:
-            return None
-        rows = splits[split]
-        classes = torch.tensor(rows[label])
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < columns[label].num_classes:
-            raise DataError(
-                f"{data}: the split {split} has the labels {int(classes.min())} to {int(classes.max())}, of "
-                f"{columns[label].num_classes} classes"
-            )
-        names = [f"{split} {rows._fingerprint} {i}" for i in range(len(rows))]
-        return ImageSet(rows, classes, partial(_decode_row, column=images[0]), names)
-
-    train, valid, test = (image_set(there[split]) for split in _SPLITS)
-    return (*_with_test(train, valid, test, seed), columns[label].names)
-
-
-def _decode_row(row: dict[str, Any], column: str) -> Tensor:
-    try:
-        return to_tensor(row[column])
-    except Exception as error:
-        raise DataError(f"an image of the data set cannot be decoded: {error}") from error
