@@ -13,6 +13,7 @@ import transformers
 
 import tasks.finetuning.benchmark as finetuning
 import tasks.language_modelling.benchmark as language_modelling
+import tasks.vision.benchmark as vision
 from tasks.cli.errors import UserError, explained
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.cli.options import OptionParser
@@ -23,6 +24,7 @@ TASKS: dict[str, Any] = {
     "translation": (TranslationBenchmark, translation.MEASUREMENTS),
     "finetuning": (finetuning.FinetuningBenchmark, finetuning.MEASUREMENTS),
     "language-modelling": (language_modelling.LanguageModelBenchmark, language_modelling.MEASUREMENTS),
+    "vision": (vision.VisionBenchmark, vision.MEASUREMENTS),
 }
 
 

@@ -29,6 +29,9 @@ from tasks.translation.benchmark.synthetic import Plan
 from tasks.translation.benchmark.trainer import Seq2SeqTrainerUpdates
 from tasks.translation.benchmark.updates import BareUpdates
 from tasks.translation.train import training
+from tasks.vision import benchmark as vision
+from tasks.vision.data import sources
+from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 
 TINY = {"width": 16, "ffn_width": 24, "num_layers": 1, "num_heads": 2}
 
@@ -383,6 +386,43 @@ def test_the_memory_row_of_language_modelling_is_the_peak_of_eight_copies_over_o
     assert torch.tensor(language.update_of(plans[0])()).isfinite()
 
 
+# ---- vision
+
+
+@pytest.fixture
+def pictures(cache, monkeypatch):
+    monkeypatch.setattr(sources, "_DRAWN", {"train": 12, "valid": 2, "test": 2})
+    monkeypatch.setattr(vision, "_PHOTOGRAPHS", {"train": 8, "val": 1, "test": 1})
+    monkeypatch.setattr(vision, "_SIZE", (40, 32))
+    yield vision.VisionBenchmark(
+        network="resnet8", photo_network="resnet8", photo_size=16, batch_size=4, photo_batch_size=4, cache_dir=cache,
+        cpu=True, ba_m=2, updates=2, pairs=2,
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_the_rows_of_vision_are_what_they_say(pictures, clock):
+    clock.sets(vision.BareUpdates, "_update", lambda loop, images, labels: 0.5 * len(images))
+    clock.sets(TrainStep, "__call__", lambda step, *args, **kwargs: 1.0 + 3.0 * len(step.plan.copies))
+    clock.sets(WorkerPipeline, "load", lambda pipeline, *args: 1.0 + len(pipeline.copies))
+    clock.sets(DevicePipeline, "take_copies", lambda pipeline, batch, copies: 0.25 * len(copies))
+    rows = {name: [float(row.figure) for row in measure(pictures)] for name, measure in vision.MEASUREMENTS.items()}
+    assert rows["loader"] == pytest.approx([11 / 2, 10 * 2 / 11], abs=1e-3)
+    assert rows["bare"] == pytest.approx([2 / 4], abs=1e-3)  # seconds of the bare loop over the script's
+    assert rows["device"] == pytest.approx([0.25 / 4], abs=1e-3)
+    assert rows["fused"] == pytest.approx([7 / 8], abs=1e-3)
+    assert rows["repeated"] == pytest.approx([8 / (13 + 4 * 5)], abs=1e-3)  # as many rows: 16 of 4 images
+    assert tuple(vision.MEASUREMENTS) == vision.ROWS
+
+
+def test_the_loop_of_timm_sees_each_photograph_four_times_an_update(pictures, monkeypatch):
+    met = []
+    monkeypatch.setattr(vision.BareUpdates, "_update", lambda loop, images, labels: met.append(images))
+    vision.repeated(pictures)
+    assert {tuple(images.shape) for images in met} == {(16, 3, 16, 16)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"ba_m": 1}, "--ba-m must be at least 2"), ({"task": "speech"}, "got speech"), ({"rows": ["x"]}, "got x")],
@@ -439,7 +479,7 @@ def test_the_script_wants_a_task(monkeypatch, capsys):
         verdict = call("benchmark.py", options, monkeypatch, capsys)
         assert (verdict.status, verdict.stdout) == (1, "")
         assert verdict.error.startswith(
-            "error: name first what to measure, one of translation, finetuning, language-modelling; each has a"
+            "error: name first what to measure, one of translation, finetuning, language-modelling, vision; each has a"
         )
 
 
