@@ -35,6 +35,11 @@ class RunError(UserError):
     """A run that cannot start or go on as asked; the message says what to change."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def identical_copies(error: IdenticalCopiesError, remedy: str) -> UserError:
     """What a script says of them: the table of the audit, and `remedy`, the option that makes copies differ."""
     return UserError(

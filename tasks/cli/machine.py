@@ -3,19 +3,23 @@
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 
-from tasks.cli.errors import UserError
+from tasks.cli.errors import UserError, reason_of
 from tasks.cli.log import show_log
-from tasks.cli.options import check_least, option
+from tasks.cli.options import OptionParser, check_choices, check_least, option
 
 logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
 
 PRECISIONS = ("no", "bf16", "fp16")
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
@@ -33,8 +37,23 @@ class MachineOptions:
 
     def __post_init__(self) -> None:
         check_least(self, {"num_threads": 1})
-        if self.mixed_precision not in (None, *PRECISIONS):
-            raise UserError(f"--mixed-precision must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision}")
+        check_choices(self, {"mixed_precision": PRECISIONS})
+
+
+def parse_with_machine(config: type[ConfigT], argv: Sequence[str] | None, text: str) -> tuple[ConfigT, MachineOptions]:
+    """Options of a script that does not train, from the command line (`--num-threads` and `--num_threads` alike).
+
+    Args:
+        config: dataclass of the script's own options.
+        text: what the script does, for its help.
+
+    Raises:
+        UserError: a value out of range, an option that is unknown or missing; the message names it.
+    """
+    parser = OptionParser((config, MachineOptions), allow_abbrev=False, description=text)
+    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
+    own, machine = parser.parse_args_into_dataclasses(argv)
+    return own, machine
 
 
 def start_accelerator(
@@ -105,7 +124,7 @@ def _check_device(accelerator: Accelerator, cpu: bool) -> None:
 
 
 def _unusable(device: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = reason_of(error)
     asked = os.environ.get(_DEVICE_VARIABLE)
     remedy = f"{_DEVICE_VARIABLE}={asked} asks for it; unset the variable"
     if not asked:

@@ -2,7 +2,7 @@
 
 import re
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -68,3 +68,11 @@ def check_least(options: Any, least: Mapping[str, int]) -> None:
         value = getattr(options, name)
         if value is not None and value < limit:
             raise UserError(f"{flag(name)} must be at least {limit}, got {value}")
+
+
+def check_choices(options: Any, choices: Mapping[str, Collection[str]]) -> None:
+    """Refuse options that are none of their choices by a UserError; one that is None is not looked at."""
+    for name, known in choices.items():
+        value = getattr(options, name)
+        if value is not None and value not in known:
+            raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value}")

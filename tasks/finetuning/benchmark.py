@@ -12,8 +12,7 @@ from seqba.trainer import BatchAugmentationTrainer
 from tasks.benchmark.options import BenchmarkOptions
 from tasks.benchmark.ratios import Ratio, Row, compare_seconds
 from tasks.benchmark.trainer import time_updates
-from tasks.cli.errors import UserError
-from tasks.cli.options import option
+from tasks.cli.options import check_choices, option
 from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_model
@@ -35,8 +34,7 @@ class FinetuningBenchmark(BenchmarkOptions):
 
     def __post_init__(self) -> None:
         self.check(ROWS, batch_size=1)
-        if self.task not in TASKS:
-            raise UserError(f"--task must be one of {', '.join(TASKS)}, got {self.task}")
+        check_choices(self, {"task": TASKS})
 
 
 class TrainerUpdates:

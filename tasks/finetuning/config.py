@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
-from tasks.cli.options import OptionParser, option
+from tasks.cli.options import OptionParser, check_choices, option
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
 TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
@@ -67,8 +67,7 @@ class FinetuningConfig:
     cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
 
     def __post_init__(self) -> None:
-        if self.task not in (None, *TASKS):
-            raise UserError(f"--task must be one of {', '.join(TASKS)}, got {self.task}")
+        check_choices(self, {"task": TASKS})
         if self.max_length < 2:
             raise UserError(f"--max_length must be at least 2, got {self.max_length}")
         if self.num_beams < 1:

@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 
 from seqba.modules import MaskScope
 from tasks.cli.errors import UserError
-from tasks.cli.options import check_least, flag, option
+from tasks.cli.options import check_choices, check_least, flag, option
 from tasks.language_modelling.presets import DATA, PRESETS
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 
@@ -75,8 +75,7 @@ class LanguageModelConfig:
                 raise UserError(f"{flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be above 0 and finite, got {self.learning_rate}")
-        if self.mask_scope not in get_args(MaskScope):
-            raise UserError(f"--mask-scope must be one of {', '.join(get_args(MaskScope))}, got {self.mask_scope}")
+        check_choices(self, {"mask_scope": get_args(MaskScope)})
 
     @property
     def text(self) -> str:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from tasks.cli.errors import UserError, make_folder
+from accelerate import Accelerator
+
+from tasks.cli.errors import UserError, make_folder, writing
+from tasks.cli.files import write_json
 
 RESULTS = "results.json"
 REMEDY = "name another folder with --output-dir"
+
+
+def keep_results(
+    accelerator: Accelerator, folder: Path | None, results: dict[str, Any], *, kept: str = "the figures", also: str = ""
+) -> None:
+    """Write `results.json` on the first rank, and say where; or that what was `kept` otherwise is not.
+
+    Raises:
+        RunError: the folder cannot be written into.
+    """
+    if folder is None:
+        accelerator.print(f"\nno --output-dir: {kept} are not kept")
+    elif accelerator.is_main_process:
+        with writing(folder / RESULTS, remedy=REMEDY):
+            write_json(folder / RESULTS, results)
+        accelerator.print(f"\n{folder}: {RESULTS}{also}")
 
 
 def new_folder(output_dir: str | None, *, prefix: str = RESULTS) -> Path | None:

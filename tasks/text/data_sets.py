@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from tasks.cli.errors import DataError
+from tasks.cli.errors import DataError, reason_of
 
 
 def load_data_set(name: str, config: str | None = None, split: str | None = None, *, called: str | None = None) -> Any:
@@ -33,7 +33,7 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
             return datasets.load_dataset(name, config, split=split)
         saved: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises a dozen unrelated types, network errors among them
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = reason_of(error).rstrip(".")
         raise DataError(
             f"cannot load {called}: {reason}. NAME must be a hub id that this machine can download or has in its "
             "cache, or a local folder"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from tasks.cli.errors import UserError
-from tasks.cli.options import OptionParser, check_least, flag, option
+from tasks.cli.options import OptionParser, check_choices, check_least, flag, option
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 from tasks.text.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
@@ -87,8 +87,7 @@ class TranslationConfig:
                 raise UserError(f"{flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
-        if self.lr_decay not in LR_DECAYS:
-            raise UserError(f"--lr-decay must be one of {', '.join(LR_DECAYS)}, got {self.lr_decay}")
+        check_choices(self, {"lr_decay": LR_DECAYS})
         if self.width % (2 * self.num_heads):
             raise UserError(f"--width must be a multiple of 2 * --num-heads = {2 * self.num_heads}, got {self.width}")
         named = [bool(self.train_prefix), self.valid_prefix is not None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from tasks.cli.errors import UserError
-from tasks.cli.options import check_least, flag, option
+from tasks.cli.options import check_choices, check_least, flag, option
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 from tasks.vision.presets import DATA, PRESETS
 
@@ -101,9 +101,7 @@ class VisionConfig:
             "pipeline": get_args(Pipeline),
             "on_corrupt": ("refuse", "skip"),
         }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)}")
+        check_choices(self, choices)
         if any(b <= a for a, b in zip([0.0, *self.lr_drops], self.lr_drops, strict=False)):
             raise UserError(f"--lr-drops must rise and be above 0, got {' '.join(map(str, self.lr_drops))}")
         if len(self.lr_factors) not in (1, len(self.lr_drops)) or not all(0 < x <= 1 for x in self.lr_factors):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.cli.errors import UserError
+from tasks.cli.errors import UserError, reason_of
 from tasks.cli.files import write_json
 from tasks.models.folder import write_card
 from tasks.vision.augment import Views
@@ -91,5 +91,5 @@ def load_classifier(path: str) -> Classifier:
     except UserError:
         raise
     except Exception as error:  # of damaged JSON or weights: many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise UserError(f"{path} holds a damaged classifier: {reason}") from error

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.cli.errors import UserError
-from tasks.cli.machine import MachineOptions
-from tasks.cli.options import OptionParser, check_least, option
+from tasks.cli.machine import MachineOptions, parse_with_machine
+from tasks.cli.options import check_choices, check_least, option
 from tasks.language_modelling.evaluation.tokens import AUTO, LINE_ENDS
 from tasks.language_modelling.text import SPLITS
 from tasks.models.names import check_models
@@ -62,10 +62,7 @@ class PerplexityConfig:
         check_models(self.model)
         if self.data is None:
             raise UserError("no text to score: give --data, a file or a folder of splits")
-        if self.split not in (None, *SPLITS):
-            raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {self.split}")
-        if self.line_end not in LINE_ENDS:
-            raise UserError(f"--line-end must be one of {', '.join(LINE_ENDS)}, got {self.line_end}")
+        check_choices(self, {"split": SPLITS, "line_end": LINE_ENDS})
         if self.stride is not None and self.max_length is not None and self.stride > self.max_length:
             raise UserError(
                 f"--stride {self.stride} is more than --max-length {self.max_length}: the tokens between two windows "
@@ -74,14 +71,5 @@ class PerplexityConfig:
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[PerplexityConfig, MachineOptions]:
-    """Options from the command line (`--line-end` and `--line_end` alike).
-
-    Raises:
-        UserError: a value out of range, an option that is unknown or missing; the message names it.
-    """
-    parser = OptionParser(
-        (PerplexityConfig, MachineOptions), allow_abbrev=False, description="Score a text by language models."
-    )
-    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
-    config, machine = parser.parse_args_into_dataclasses(argv)
-    return config, machine
+    """Options from the command line; see `parse_with_machine`."""
+    return parse_with_machine(PerplexityConfig, argv, "Score a text by language models.")

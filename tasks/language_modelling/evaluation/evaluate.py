@@ -13,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from tasks.cli.errors import UserError, writing
-from tasks.cli.files import write_json
+from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.cli.options import flag
 from tasks.language_modelling.evaluation.config import PerplexityConfig
@@ -26,7 +25,7 @@ from tasks.language_modelling.evaluation.tokens import Tokens, encode
 from tasks.language_modelling.evaluation.windows import Windows, carried_windows, overlapping_windows
 from tasks.models.names import short_names
 from tasks.scoring.bootstrap import paired_bootstrap
-from tasks.scoring.folder import REMEDY, RESULTS, new_folder
+from tasks.scoring.folder import keep_results, new_folder
 
 _CARRIED = 4_096  # tokens of a call that carries a state
 _BATCH_SIZE = 8
@@ -88,12 +87,7 @@ def evaluate(config: PerplexityConfig, machine: MachineOptions) -> dict[str, Any
         compared = paired_bootstrap(line_bits, line_bytes, num_samples=config.resamples, seed=config.seed)
         results["paired_bootstrap"] = [asdict(difference) for difference in compared]
         accelerator.print(f"\n{format_bootstrap(next(iter(line_bits)), compared, config.resamples, config.seed)}")
-    if folder is None:
-        accelerator.print("\nno --output-dir: the figures are not kept")
-    elif accelerator.is_main_process:
-        with writing(folder / RESULTS, remedy=REMEDY):
-            write_json(folder / RESULTS, results)
-        accelerator.print(f"\n{folder}: {RESULTS}")
+    keep_results(accelerator, folder, results)
     return results
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.cli.errors import UserError
-from tasks.cli.machine import MachineOptions
-from tasks.cli.options import OptionParser, check_least, option
+from tasks.cli.machine import MachineOptions, parse_with_machine
+from tasks.cli.options import check_choices, check_least, option
 from tasks.decoding.search import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
 from tasks.models.names import check_models
 
@@ -76,10 +76,7 @@ class EvaluationConfig:
     def _check_search(self) -> None:
         if not math.isfinite(self.length_penalty):
             raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
-        if self.length_penalty_kind not in LENGTH_PENALTIES:
-            raise UserError(
-                f"--length-penalty-kind must be one of {', '.join(LENGTH_PENALTIES)}, got {self.length_penalty_kind}"
-            )
+        check_choices(self, {"length_penalty_kind": LENGTH_PENALTIES})
         if self.length_penalty_kind == GNMT_RERANK and self.num_beams == 1:
             raise UserError(
                 f"--length-penalty-kind {GNMT_RERANK} ranks several beams: --num-beams must be at least 2, got 1"
@@ -94,14 +91,5 @@ class EvaluationConfig:
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[EvaluationConfig, MachineOptions]:
-    """Options from the command line (`--num-beams` and `--num_beams` alike).
-
-    Raises:
-        UserError: a value out of range, an option that is unknown or missing; the message names it.
-    """
-    parser = OptionParser(
-        (EvaluationConfig, MachineOptions), allow_abbrev=False, description="Translate test text and score it."
-    )
-    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
-    config, machine = parser.parse_args_into_dataclasses(argv)
-    return config, machine
+    """Options from the command line; see `parse_with_machine`."""
+    return parse_with_machine(EvaluationConfig, argv, "Translate test text and score it.")

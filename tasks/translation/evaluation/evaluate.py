@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.cli.errors import UserError, writing
-from tasks.cli.files import write_json, write_text
+from tasks.cli.files import write_text
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.decoding.mc_dropout import has_dropout
 from tasks.decoding.search import count_truncated, describe_other_settings, translate
 from tasks.models.names import short_names
 from tasks.models.pretrained import load_translator, use_languages
 from tasks.scoring.bleu import one_line_each, paired_bootstrap, score_all
-from tasks.scoring.folder import REMEDY, RESULTS, new_folder
+from tasks.scoring.folder import REMEDY, keep_results, new_folder
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.text.parallel import OPENERS, DataError, ParallelText, read_lines
 from tasks.translation.evaluation.config import EvaluationConfig
@@ -58,12 +58,7 @@ def evaluate(config: EvaluationConfig, machine: MachineOptions) -> dict[str, Any
             config, {name: found[test] for name, found in translated.items()}, text
         )
         accelerator.print(f"\n{test}, {len(text):,} sentences\n{_report(scores)}")
-    if folder is None:
-        accelerator.print("\nno --output-dir: translations and scores are not kept")
-    else:
-        with writing(folder / RESULTS, remedy=REMEDY):
-            write_json(folder / RESULTS, results)
-        accelerator.print(f"\n{folder}: {RESULTS}, hyp.*.txt")
+    keep_results(accelerator, folder, results, kept="translations and scores", also=", hyp.*.txt")
     return results
 
 

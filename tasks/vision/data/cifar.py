@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.cli.errors import DataError
+from tasks.cli.errors import DataError, reason_of
 from tasks.vision.data.image_set import ImageSet
 
 _ALLOWED = {
@@ -112,7 +112,7 @@ def _unpickle(folder: Path, name: str, md5: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{folder} has no {name} (nor {name}.xz)") from None
     except Exception as error:  # of a damaged pickle: nearly any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise DataError(f"{path} is no file of CIFAR, or damaged: {reason}") from error
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:

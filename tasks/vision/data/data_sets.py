@@ -10,12 +10,11 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tasks.cli.errors import DataError
 from tasks.text.data_sets import load_data_set
-from tasks.vision.data.decode import to_tensor
+from tasks.vision.data.decode import decode_image
 from tasks.vision.data.image_set import ImageSet
 
 logger = logging.getLogger(__name__)
@@ -102,9 +101,4 @@ class _Rows:
 
 def _decode(item: tuple[str, Any]) -> Tensor:
     where, stored = item
-    try:
-        with Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])) as image:
-            return to_tensor(image)
-    except Exception as error:  # of the decoders: a dozen unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where} cannot be decoded: {reason}") from error
+    return decode_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), where)

@@ -11,23 +11,27 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tasks.cli.errors import DataError
+from tasks.cli.errors import DataError, reason_of
 
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def decode_file(path: Path) -> Tensor:
-    """Read an image file, (3, H, W) uint8.
+    """`decode_image` of a file."""
+    return decode_image(path, str(path))
+
+
+def decode_image(source: Any, called: str) -> Tensor:
+    """Read an image from a path or an open file, (3, H, W) uint8.
 
     Raises:
-        DataError: the file cannot be decoded; the message names it and the reason.
+        DataError: it cannot be decoded; the message says what it is `called`, and the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return to_tensor(image)
     except Exception as error:  # of the decoders: a dozen unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be decoded: {reason}") from error
+        raise DataError(f"{called} cannot be decoded: {reason_of(error)}") from error
 
 
 def to_tensor(image: Any) -> Tensor:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from tasks.cli.errors import UserError
-from tasks.cli.machine import MachineOptions
-from tasks.cli.options import OptionParser, check_least, flag, option
+from tasks.cli.machine import MachineOptions, parse_with_machine
+from tasks.cli.options import check_choices, check_least, option
 from tasks.models.names import check_models
 
 Mean = Literal["probabilities", "logits"]
@@ -56,21 +55,9 @@ class AccuracyConfig:
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
         check_models(self.model)
-        choices = {"split": get_args(Split), "tta_mean": get_args(Mean), "on_corrupt": ("refuse", "skip")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)}")
+        check_choices(self, {"split": get_args(Split), "tta_mean": get_args(Mean), "on_corrupt": ("refuse", "skip")})
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[AccuracyConfig, MachineOptions]:
-    """Options from the command line (`--tta-mean` and `--tta_mean` alike).
-
-    Raises:
-        UserError: a value out of range, an option that is unknown or missing; the message names it.
-    """
-    parser = OptionParser(
-        (AccuracyConfig, MachineOptions), allow_abbrev=False, description="Score images by trained classifiers."
-    )
-    parser.parse_known_options(argv)  # before a misspelt option is missed as a required one
-    config, machine = parser.parse_args_into_dataclasses(argv)
-    return config, machine
+    """Options from the command line; see `parse_with_machine`."""
+    return parse_with_machine(AccuracyConfig, argv, "Score images by trained classifiers.")

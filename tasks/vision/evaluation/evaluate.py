@@ -12,12 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tasks.cli.errors import UserError, writing
-from tasks.cli.files import write_json
+from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.models.names import short_names
 from tasks.scoring.bootstrap import Difference, paired_bootstrap
-from tasks.scoring.folder import REMEDY, RESULTS, new_folder
+from tasks.scoring.folder import keep_results, new_folder
 from tasks.scoring.table import align
 from tasks.vision.augment import worker_transform
 from tasks.vision.config import VisionConfig
@@ -81,12 +80,7 @@ def evaluate(config: AccuracyConfig, machine: MachineOptions) -> dict[str, Any]:
             )
             results["paired_bootstrap"][way] = [asdict(difference) for difference in compared]
             accelerator.print(f"\n{format_bootstrap(way, next(iter(columns)), compared, config)}")
-    if folder is None:
-        accelerator.print("\nno --output-dir: the figures are not kept")
-    elif accelerator.is_main_process:
-        with writing(folder / RESULTS, remedy=REMEDY):
-            write_json(folder / RESULTS, results)
-        accelerator.print(f"\n{folder}: {RESULTS}")
+    keep_results(accelerator, folder, results)
     return results
 
 
