@@ -6,7 +6,7 @@ contiguous block of B rows is a whole set of distinct samples.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,6 +100,16 @@ def copy_ids(num_copies: int, num_samples: int, *, device: torch.device | str | 
     if num_copies < 1 or num_samples < 0:
         raise ValueError(f"copy_ids needs M >= 1 and B >= 0, got M={num_copies}, B={num_samples}")
     return torch.arange(num_copies, device=device).repeat_interleave(num_samples)
+
+
+def keys_of_rows(keys: Tensor, copies: Sequence[int]) -> Tensor:
+    """The keys of a pass's rows: those of its B samples, (B, k), for each copy and with its number -> (K*B, k + 1).
+
+    >>> keys_of_rows(torch.tensor([[5, 7], [5, 8]]), (0, 2)).tolist()
+    [[5, 7, 0], [5, 8, 0], [5, 7, 2], [5, 8, 2]]
+    """
+    which = torch.tensor(copies, device=keys.device).repeat_interleave(len(keys))
+    return torch.cat([keys.repeat(len(copies), 1), which[:, None]], 1)
 
 
 def count_samples(batch: object, dim: int = 0) -> int | None:

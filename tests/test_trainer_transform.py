@@ -65,7 +65,7 @@ def by_hand(model, data, num_copies, size=3):
         pixels = data.pixels[first : first + size]
         labels = torch.arange(first, first + len(pixels)) % 3
         for copy in range(num_copies):
-            keys = torch.tensor([[42, 1, shard, copy, row] for row in range(len(pixels))])
+            keys = torch.tensor([[42, 1, shard, row, copy] for row in range(len(pixels))])
             logits = model(pixel_values=T(pixels, keys)).logits
             total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     (total / (num_copies * len(data))).backward()

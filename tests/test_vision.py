@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distributed import run_ranks
-from seqba import BatchAugmentationArguments
+from seqba import BatchAugmentationArguments, unfold
 from tasks.cli.errors import DataError, UserError
 from tasks.cli.machine import MachineOptions
 from tasks.run.log import read_metrics
@@ -112,7 +112,7 @@ def test_a_run_leaves_a_complete_folder_whose_model_scores_what_it_says(finished
     for part in (f"top-1 accuracy {correct / 30:.2%}", "M | 2 (copies", "crop with 4 pixels", "load_classifier"):
         assert part in card, part
     with Image.open(finished / "transforms.png") as sheet:
-        assert sheet.size == (3 * 34 + 2, 4 * 34 + 2)  # four images, each as it is and twice transformed
+        assert sheet.size == (3 * 98 + 2, 4 * 98 + 2)  # four images, each as it is and twice transformed
 
 
 @pytest.mark.trap(20)
@@ -213,7 +213,7 @@ def test_an_epoch_has_each_image_once_at_most_and_ends_with_whole_batches(tmp_pa
     whole = vision.TrainStep.__call__
 
     def call(self, batches, *, update):
-        met.extend(batch["numbers"].tolist() for batch in batches)
+        met.extend(batch["keys"][:, 2].tolist() for batch in batches)
         return whole(self, batches, update=update)
 
     monkeypatch.setattr(vision.TrainStep, "__call__", call)
@@ -222,6 +222,57 @@ def test_an_epoch_has_each_image_once_at_most_and_ends_with_whole_batches(tmp_pa
     for epoch in (met[:6], met[6:]):
         assert len({number for batch in epoch for number in batch}) == 36
     assert met[:6] != met[6:]
+
+
+@pytest.mark.trap(22)
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_an_update_trains_on_each_of_its_images_m_times(pipeline, tmp_path, monkeypatch):
+    passes = []
+    whole = VisionLoss.forward
+
+    def forward(self, batch):
+        if self.training:
+            passes.append(batch["images"].flatten(1))
+        return whole(self, batch)
+
+    monkeypatch.setattr(VisionLoss, "forward", forward)
+    options = {"ba_m": 3, "copies_per_pass": 2, "max_updates": 7, "allow_identical_copies": True}  # into epoch 2
+    run(tmp_path / "run", pipeline=pipeline, **options, **STILL)
+    assert [len(rows) for rows in passes] == [12, 6] * 7
+    for update in zip(passes[::2], passes[1::2], strict=True):
+        copies = unfold(torch.cat(update), 3)
+        assert (copies == copies[0]).all()
+        assert len(copies[0].unique(dim=0)) == 6
+
+
+@pytest.fixture
+def compiler():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.trap(26)
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_masks_of_a_network_keep_their_rate_and_differ_between_copies_compiled_or_not(is_compiled, monkeypatch):
+    shown = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.3))
+    monkeypatch.setattr(vision, "build_model", lambda name, num_classes: shown)
+    Accelerator(cpu=True)  # whose rank seeds the masks
+    model = vision.build(dataclasses.replace(TINY.config, compile=is_compiled), 10, 0).train()
+    kept = torch.cat([model(torch.ones(8, 3, 64, 64)) != 0 for _ in range(2)]).double()  # eight copies of one image
+    z = (kept.mean() - 0.7) / (0.7 * 0.3 / kept.numel()) ** 0.5
+    assert abs(z) < 5
+    assert (torch.corrcoef(kept) - torch.eye(16)).abs().max() < 5 / kept.shape[1] ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("changes", [{"compile": True}, {"channels_last": True}])
+def test_a_compiled_or_channels_last_run_is_the_same_run(changes, tmp_path):
+    plain = run(tmp_path / "plain", max_updates=2, save_every=2)
+    other = run(tmp_path / "other", max_updates=2, save_every=2, **changes)
+    assert_same_weights(plain, other, update=2, rtol=1e-3, atol=1e-4)
+    assert load_classifier(str(other / "model")).model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 # ---- T

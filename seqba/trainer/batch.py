@@ -10,7 +10,7 @@ from accelerate.utils import find_batch_size
 from torch import Tensor
 
 from seqba.loss import count_targets
-from seqba.repeat import copy_ids, count_samples, repeat_batch
+from seqba.repeat import count_samples, keys_of_rows, repeat_batch
 
 # What `count_items` counts, by position.
 SAMPLES, TARGETS, SHIFTED_TARGETS = 0, 1, 2
@@ -93,7 +93,7 @@ def take_copies(batch: Mapping[str, Any], num_copies: int) -> Any:
 def transformed(
     rows: Any, name: str, transform: Callable[..., Tensor], copies: tuple[int, ...], key: tuple[int, ...]
 ) -> Any:
-    """The rows of a pass, their images under T: what is drawn for a row depends on (*key, copy, sample) alone.
+    """The rows of a pass, their images under T: what is drawn for a row depends on (*key, sample, copy) alone.
 
     Args:
         rows: of `take_copies`, whose images are written over; (K*B, C, H, W), copy-major, under `name`.
@@ -108,10 +108,8 @@ def transformed(
     if not isinstance(images, Tensor):
         raise ValueError(f"transform needs the images of a batch under {name!r}, which has {', '.join(rows)}")
     size = len(images) // len(copies)
-    which = torch.tensor(copies)[copy_ids(len(copies), size)]
-    samples = torch.arange(size).repeat(len(copies))
-    keys = torch.stack([*(torch.full_like(which, number) for number in key), which, samples], 1)
-    rows[name] = transform(images, keys=keys.to(images.device))
+    samples = torch.tensor([[*key, sample] for sample in range(size)])
+    rows[name] = transform(images, keys=keys_of_rows(samples, copies).to(images.device))
     return rows
 
 

@@ -57,7 +57,7 @@ class BatchAugmentationMixin(_TrainerBase):
         ba_args: all four in one object, instead of them.
         transform: T on the images of training batches, on the device: a `seqba.transforms.BatchTransform`, which
             `EachImage` makes of a transform of torchvision's. Each copy of an image has its own draws, a function of
-            (seed, update, shard, copy, sample): neither plans nor a resume change them. None by default.
+            (seed, update, shard, sample, copy): neither plans nor a resume change them. None by default.
 
     Raises:
         ValueError: an option out of range.

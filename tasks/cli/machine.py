@@ -1,5 +1,6 @@
 """Getting the machine ready: devices, precision, processor cores, seeds."""
 
+import ctypes
 import logging
 import os
 import platform
@@ -23,6 +24,8 @@ ConfigT = TypeVar("ConfigT")
 
 PRECISIONS = ("no", "bf16", "fp16")
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+_MMAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # the user's own choice
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def start_accelerator(
     _check_device(accelerator, machine.cpu)
     show_log(accelerator.is_main_process)
     use_threads(accelerator, machine.num_threads)
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and bf16_is_emulated():
         logger.info(
             "note: this processor (%s) has no bf16 arithmetic; mixed precision bf16 is emulated on it, and many times "
@@ -130,6 +135,18 @@ def _unusable(device: str, error: Exception) -> UserError:
     if not asked:
         remedy = "mend its driver, or give --cpu to work on the processor"
     return UserError(f"the device {device} cannot be used here ({reason}); {remedy}")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors for the next ones.
+
+    By itself it gives blocks of 32 MiB and more back to the system when they are freed, and gets new ones that are
+    cleared page by page: a fused pass of many copies then takes a quarter longer than its copies one by one.
+    """
+    if platform.libc_ver()[0] == "glibc" and _MMAP_VARIABLE not in os.environ:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_threads(accelerator: Accelerator, num_threads: int | None = None) -> int:

@@ -7,6 +7,7 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from seqba.draws.generators import keyed_generators
@@ -77,7 +78,7 @@ class BatchStream:
     Args:
         dataset: samples by index (and `__getitems__`, for whole batches).
         sampler: this rank's batches of indices.
-        collate: list of samples -> dictionary of tensors of B rows.
+        collate: list of samples -> dictionary of tensors of B rows; what is no tensor stays as it is.
         seed: of the samples' keys; and of the workers' own random numbers, with the position.
         num_workers: loader processes; 0 collates in the training process.
         transform: (sample, its `SampleKey`) -> what `collate` gets, called in the workers. What it draws inside
@@ -135,7 +136,7 @@ class BatchStream:
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
             return self._next()
         self.position += 1
-        return {name: x if name == SAMPLE_IDS else x.to(self.device, non_blocking=True) for name, x in batch.items()}
+        return send_to_device(batch, self.device, non_blocking=True, skip_keys=SAMPLE_IDS)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the sampler says of its data."""

@@ -26,8 +26,7 @@ from tasks.run.stream import BatchStream
 from tasks.vision.augment import Views
 from tasks.vision.config import VisionOptions, parse_config
 from tasks.vision.data import ImageSplits, load_images
-from tasks.vision.networks import build_model
-from tasks.vision.train import make_pipeline, make_stream, training
+from tasks.vision.train import build, make_pipeline, make_stream, training
 
 ROWS = ("loader", "bare", "device", "fused", "repeated")
 _NEVER = 1_000_000_000
@@ -41,7 +40,7 @@ class VisionBenchmark(BenchmarkOptions):
 
     network: str = option("resnet44", "of the rows bare, device and fused, on 32 x 32 pixels")
     photo_network: str = option("torchvision/mobilenet_v3_small", "of the row repeated, on photographs")
-    photo_size: int = option(224, "height and width that the network sees of them")
+    photo_size: int = option(160, "height and width that the network sees of them")
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
     ba_m: int = option(8, "M of the row fused")
     batch_size: int = option(64, "B of the rows on 32 x 32 pixels")
@@ -67,7 +66,7 @@ class VisionBenchmark(BenchmarkOptions):
         own = {
             "network": self.photo_network, "batch_size": self.photo_batch_size, "data": str(self._folder()),
             "image_size": self.photo_size, "random_resized_crop": True, "crop_padding": 0, "cutout": False,
-            "num_workers": self.num_workers,
+            "num_workers": self.num_workers, "channels_last": True,
         }  # fmt: skip
         return self.training(**own | changes)
 
@@ -93,7 +92,7 @@ class BareUpdates:
     def __init__(self, options: VisionOptions, num_classes: int, batches: Any) -> None:
         self._accelerator = start_accelerator(options.machine, seed=options.run.seed)
         self._batches = iter(batches)
-        self._model = build_model(options.config.network, num_classes).to(self._accelerator.device)
+        self._model = build(options.config, num_classes, options.run.seed).to(self._accelerator.device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
     def advance(self, count: int) -> None:

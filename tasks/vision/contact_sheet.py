@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tasks.vision.augment import Views
 from tasks.vision.pipelines import Pipeline
 
 _IMAGES, _COPIES = 4, 10
+_LEAST_SIDE = 96  # in pixels; smaller images are enlarged, pixel by pixel
 
 
 def draw_contact_sheet(file: Path, pipeline: Pipeline, views: Views, copies: tuple[int, ...]) -> None:
@@ -21,9 +23,11 @@ def draw_contact_sheet(file: Path, pipeline: Pipeline, views: Views, copies: tup
     batch = pipeline.first(_IMAGES, epoch=-1)
     transformed = unfold(_visible(pipeline.transformed(batch, shown), views).cpu(), len(shown))
     plain = (
-        torch.stack([views.evaluation(pipeline.images[n]["image"]) for n in batch["numbers"].tolist()]).float() / 255
+        torch.stack([views.evaluation(pipeline.images[n]["image"]) for n in batch["keys"][:, 2].tolist()]).float() / 255
     )
     rows = torch.cat([plain[None], transformed]).transpose(0, 1).flatten(0, 1)
+    times = math.ceil(_LEAST_SIDE / rows.shape[-1])
+    rows = rows.repeat_interleave(times, 2).repeat_interleave(times, 3)
     save_image(make_grid(rows, nrow=1 + len(shown), pad_value=1), file)
 
 

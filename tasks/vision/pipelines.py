@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from seqba.repeat import copy_ids
+from seqba.repeat import keys_of_rows
 from seqba.transforms import BatchTransform, Mixup
 from tasks.run.stream import SampleKey
 from tasks.vision.data.image_set import ImageSet
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class Pipeline:
@@ -40,16 +41,15 @@ class Pipeline:
         raise NotImplementedError
 
     def collate(self, samples: Sequence[tuple[SampleKey, Any]]) -> Batch:
-        """`labels`, `numbers` and `epochs` of B samples, each (B,)."""
-        numbers = torch.tensor([key.sample for key, _ in samples])
-        epochs = torch.tensor([key.epoch for key, _ in samples])
-        return {"labels": self.images.labels[numbers], "numbers": numbers, "epochs": epochs}
+        """`labels` (B,) and `keys` (B, 3) of B samples, and `first_key`, that of the first in numbers."""
+        keys = torch.tensor([key for key, _ in samples])
+        return {"labels": self.images.labels[keys[:, 2]], "keys": keys, "first_key": tuple(samples[0][0])}
 
     def first(self, count: int, epoch: int) -> Batch:
         """A batch of the first images of the set, on the device."""
         numbers = range(min(count, len(self.images)))
         batch = self.collate([self.load(self.dataset[n], SampleKey(self.seed, epoch, n)) for n in numbers])
-        return {name: x.to(self.device) for name, x in batch.items()}
+        return send_to_device(batch, self.device)
 
     def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
         """The images of some copies under T, (K*B, C, H, W), copy-major."""
@@ -60,8 +60,7 @@ class Pipeline:
         images, labels = self.transformed(batch, copies), batch["labels"].repeat(len(copies))
         if self.mixup is None:
             return {"images": images, "labels": labels}
-        key = (self.seed, int(batch["epochs"][0]), int(batch["numbers"][0]))
-        mixed, partner_labels, proportions = self.mixup(images, labels, copies, key)
+        mixed, partner_labels, proportions = self.mixup(images, labels, copies, batch["first_key"])
         return {"images": mixed, "labels": labels, "partner_labels": partner_labels, "proportions": proportions}
 
 
@@ -81,12 +80,8 @@ class DevicePipeline(Pipeline):
 
     def transformed(self, batch: Batch, copies: tuple[int, ...]) -> Tensor:
         """Drawn by the rows' keys."""
-        numbers, epochs = (batch[name].repeat(len(copies)) for name in ("numbers", "epochs"))
-        which = torch.tensor(copies, device=numbers.device)[
-            copy_ids(len(copies), len(batch["labels"]), device=numbers.device)
-        ]
-        keys = torch.stack([torch.full_like(which, self.seed), epochs, numbers, which], 1)
-        return self.transform(self.pixels[numbers], keys)
+        keys = keys_of_rows(batch["keys"], copies)
+        return self.transform(self.pixels[keys[:, 2]], keys)
 
 
 class WorkerPipeline(Pipeline):

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 FIGURES = Figures(
     target="label",
     loss="loss (nats per image)",
-    training="training (under T, with label smoothing)",
+    training="training (under T, as it is minimised)",
     metric="valid_accuracy",
     higher_is_better=True,
 )
