@@ -1,6 +1,8 @@
 import itertools
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from distributed import run_ranks
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, UserError
+from tasks.cli.machine import MachineOptions, start_accelerator
 from tasks.run.guards import NonFiniteError
 from tasks.run.log import read_metrics
 from tasks.run.loop import Run
@@ -237,6 +240,17 @@ def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     assert launched(script, accelerate, ASKED="1") == 1  # --num-threads 1
     assert launched(script, [sys.executable]) == cores
     assert launched(script, [sys.executable], OMP_NUM_THREADS="1") == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory by rules of its own")
+def test_a_run_on_a_processor_keeps_the_memory_of_large_tensors(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    start_accelerator(MachineOptions(cpu=True), seed=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(2**24)  # 64 MiB
+    pages = 2**26 // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * pages  # once each without it
 
 
 TWO_RANKS = """

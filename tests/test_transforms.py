@@ -107,11 +107,13 @@ def test_a_flip_is_torchvisions_of_the_images_that_drew_below_p(dtype):
 def test_cutout_blanks_the_part_of_a_square_that_lies_in_the_image(size, dtype):
     x, uniform = images(dtype), torch.rand(7, 2)
     uniform[0], uniform[1] = 0.0, 1 - 2**-24  # squares over two borders
-    got = Cutout(size, fill=0).apply(x, uniform)
+    before = x.clone()
+    got = Cutout(size, fill=3).apply(x, uniform)
+    assert torch.equal(x, before)
     for image, (down, right), cut in zip(x, uniform, got, strict=True):
         top, left = int(down * 9) - size // 2, int(right * 11) - size // 2
         want = image.clone()
-        want[:, max(0, top) : top + size, max(0, left) : left + size] = 0
+        want[:, max(0, top) : top + size, max(0, left) : left + size] = 3
         assert torch.equal(cut, want)
 
 

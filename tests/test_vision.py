@@ -139,6 +139,30 @@ def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, pipeline,
     assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.trap(26)
+def test_no_plan_changes_a_run_whose_network_draws_when_its_copies_have_streams(tmp_path):
+    options = {"network": "torchvision/squeezenet1_1", "reproducible_copies": True, "max_updates": 2, "save_every": 2}
+    fused = run(tmp_path / "fused", ba_m=3, **options)
+    apart = run(tmp_path / "apart", ba_m=3, copies_per_pass=2, **options)
+    assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
+
+
+def test_the_result_is_the_checkpoint_with_the_highest_accuracy(tmp_path, monkeypatch):
+    falling = iter([0.5, 0.9, 0.1])
+    whole = evaluate
+
+    def scored(*args, **kwargs):
+        scores = whole(*args, **kwargs)
+        return scores | ({"valid_accuracy": next(falling)} if "valid_accuracy" in scores else {})
+
+    monkeypatch.setattr(vision, "evaluate", scored)
+    folder = run(tmp_path / "run")
+    assert json.loads((folder / "results.json").read_text())["best_update"] == 6
+    best, delivered = weights(folder, 6), load_file(folder / "model" / "model.safetensors")
+    for name, weight in delivered.items():
+        assert torch.equal(best[f"{name}"], weight), name
+
+
 def test_without_t_copies_are_samples_again_and_a_run_does_not_depend_on_m(tmp_path):
     options = STILL | {"max_updates": 2, "save_every": 2}
     one = run(tmp_path / "one", ba_m=1, **options)
@@ -298,6 +322,16 @@ def test_copies_samples_and_epochs_have_transforms_of_their_own(pipeline):
     assert torch.equal(again, seen[1])
 
 
+@pytest.mark.trap(30)
+def test_each_batch_epoch_and_copy_is_mixed_in_proportions_of_its_own():
+    made, _, _ = pipelines(mixup_alpha=0.5, ba_m=3)
+    keys = [[SampleKey(0, epoch, first + n) for n in range(4)] for epoch in (0, 1) for first in (0, 4)]
+    batches = [made.collate([made.load(made.dataset[key.sample], key) for key in of_batch]) for of_batch in keys]
+    shares = torch.cat([made.take_copies(batch, (0, 1, 2))["proportions"] for batch in batches])
+    assert len(shares.unique()) == 4 * 3
+    assert torch.equal(made.take_copies(batches[1], (2,))["proportions"], shares[20:24])
+
+
 def test_t_on_the_device_and_in_workers_differ_in_draws_alone():
     """Crop, flip and Cutout off: what is left is the normalised image, in the rows of the copies."""
     for pipeline, kind in (("device", DevicePipeline), ("workers", WorkerPipeline)):
@@ -307,6 +341,20 @@ def test_t_on_the_device_and_in_workers_differ_in_draws_alone():
         want = views.normalize(images.train.tensor[:4]).repeat(2, 1, 1, 1)
         torch.testing.assert_close(batch["images"], want)
         assert batch["labels"].tolist() == images.train.labels[:4].repeat(2).tolist()
+
+
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_cutout_leaves_the_mean_colour_behind(pipeline):
+    made, images, views = pipelines(pipeline=pipeline, ba_m=5, **STILL | {"cutout": True})
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (views.mean, views.std))
+    pixels = images.train.tensor.double() / 255
+    torch.testing.assert_close(mean.flatten().double(), pixels.mean((0, 2, 3)))
+    torch.testing.assert_close(std.flatten().double(), pixels.transpose(0, 1).flatten(1).std(1))
+    rows = made.transformed(made.first(4, 0), tuple(range(5)))
+    plain = ((pixels[:4] - mean) / std).float().repeat(5, 1, 1, 1)
+    cut = (rows == 0).all(1)
+    assert (cut.sum((1, 2)) >= 16).all()  # a quarter of the square at least
+    torch.testing.assert_close(rows, torch.where(cut[:, None], 0, plain))
 
 
 @pytest.mark.parametrize("pipeline", ["device", "workers"])
@@ -371,10 +419,12 @@ def test_evaluation_sees_every_image_once_without_t(batch_size):
 TWO_RANKS = """
 import json
 import sys
+import torch
 from distributed import report
 from tasks.vision import train as vision
 from tasks.vision.data import sources
 import test_vision as tests
+from test_vision import Accelerator, Views, VisionLoss, evaluate, load_images
 
 folder, changes = sys.argv[1:]
 sources._DRAWN = tests.DRAWN
@@ -385,23 +435,34 @@ def call(self, batches, *, update):
     ranks[:] = [self.accelerator.num_processes]
     return whole(self, batches, update=update)
 
+accelerator, images = Accelerator(), load_images(None)
+network = VisionLoss(vision.build(tests.TINY.config, 10, 0))
+scores = evaluate(accelerator, network, images.valid, Views.of(tests.TINY.config, images), 7, "valid")
+mask = torch.rand(8).tolist()
 vision.TrainStep.__call__ = call
 vision.train(tests.TINY.changed(cpu=False, output_dir=folder, **json.loads(changes)))
-report(ranks)
+report([*ranks, scores, mask])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.trap(13)
 @pytest.mark.trap(43)
 def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path):
     options = {"max_updates": 2, "save_every": 2, "eval_every": 2}
-    assert run_ranks(TWO_RANKS, 2, args=[str(tmp_path / "two"), json.dumps(options)]) == [[2], [2]]
+    (ranks, scores, mask), other = run_ranks(TWO_RANKS, 2, args=[str(tmp_path / "two"), json.dumps(options)])
+    assert (ranks, scores) == (2, other[1])
+    assert mask != other[2]  # what the network draws
     one = run(tmp_path / "one", accumulation=2, **options)
     for a, b in zip(rows(tmp_path / "two"), rows(one), strict=True):
         assert (a["lr"], a["unique_samples"], a["target_labels"]) == (b["lr"], b["unique_samples"], b["target_labels"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     a_rank_s_own = ("running", "tracked")
     assert_same_weights(one, tmp_path / "two", update=2, but=a_rank_s_own, rtol=1e-3, atol=1e-4)
+    _, images, views = pipelines()
+    network = VisionLoss(vision.build(TINY.config, 10, 0))
+    alone = evaluate(Accelerator(cpu=True), network, images.valid, views, 30, "valid")
+    assert scores == pytest.approx(alone, rel=1e-5)
 
 
 # ---- regimes

@@ -141,7 +141,8 @@ def _keep_freed_memory() -> None:
     """Have glibc keep the memory of large tensors for the next ones.
 
     By itself it gives blocks of 32 MiB and more back to the system when they are freed, and gets new ones that are
-    cleared page by page: a fused pass of many copies then takes a quarter longer than its copies one by one.
+    cleared page by page: a fused pass of many copies then takes a quarter longer than its copies one by one. What is
+    kept lies in pieces, so that the peak of the memory rises (by 7 % for ResNet44, 23 % for VGG16, M=8 fused).
     """
     if platform.libc_ver()[0] == "glibc" and _MMAP_VARIABLE not in os.environ:
         libc = ctypes.CDLL(None)
