@@ -140,11 +140,19 @@ def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, pipeline,
 
 
 @pytest.mark.trap(26)
-def test_no_plan_changes_a_run_whose_network_draws_when_its_copies_have_streams(tmp_path):
-    options = {"network": "torchvision/squeezenet1_1", "reproducible_copies": True, "max_updates": 2, "save_every": 2}
-    fused = run(tmp_path / "fused", ba_m=3, **options)
-    apart = run(tmp_path / "apart", ba_m=3, copies_per_pass=2, **options)
+def test_no_plan_changes_a_run_whose_network_draws_when_its_copies_have_streams(tmp_path, monkeypatch):
+    def dropping(name, num_classes):
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(3_072, 16), torch.nn.Dropout(), torch.nn.Linear(16, num_classes)
+        )
+
+    monkeypatch.setattr(vision, "build_model", dropping)
+    options = {"ba_m": 3, "max_updates": 2, "save_every": 2}
+    fused = run(tmp_path / "fused", reproducible_copies=True, **options)
+    apart = run(tmp_path / "apart", reproducible_copies=True, copies_per_pass=2, **options)
     assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError):
+        assert_same_weights(fused, run(tmp_path / "others", **options), update=2, rtol=1e-3, atol=1e-4)
 
 
 def test_the_result_is_the_checkpoint_with_the_highest_accuracy(tmp_path, monkeypatch):
