@@ -14,6 +14,7 @@ from seqba.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_
 from seqba.collator import BatchAugmentationCollator
 from seqba.context import copies_of_pass, current_copies, shared_draws
 from seqba.draws.generators import keyed_generators, rng_state, set_rng_state
+from seqba.draws.measure import measure_draws
 from seqba.draws.streams import copy_streams
 from seqba.errors import StreamError, UnsupportedError
 from seqba.groups import CopyGroup
@@ -57,6 +58,7 @@ __all__ = [
     "keyed_generators",
     "linear_cross_entropy",
     "load_checkpoint",
+    "measure_draws",
     "repeat_batch",
     "rng_state",
     "save_checkpoint",

@@ -17,15 +17,16 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from seqba.context import copies_of_pass
+from seqba.draws.measure import Snapshot, measure_draws
+from seqba.draws.measured import DrawAxes, UnmeasuredError
 from seqba.draws.streams import copy_streams
 from seqba.groups import CopyGroup
-from seqba.repeat import count_samples, largest_tensor
+from seqba.repeat import largest_tensor
 from seqba.snapshot import model_snapshot
 
 logger = logging.getLogger(__name__)
 
 CopiesPerPass = int | Literal["auto"]
-Snapshot = Callable[[], Callable[[], None]]  # remembers something as it is, and returns what puts it back
 
 
 def plan_passes(copies: Sequence[int], copies_per_pass: int) -> list[tuple[int, ...]]:
@@ -95,6 +96,9 @@ class Pass:
     is_last: bool
 
 
+LossOfPass = Callable[[nn.Module, Pass, Any], Tensor]  # (model, pass, batch) -> the pass's part of the loss
+
+
 class PassLoop:
     """The one loop over batches and passes.
 
@@ -109,6 +113,11 @@ class PassLoop:
         group: this rank's shards.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy).
         carried: snapshots of what else a pass changes.
+
+    Attributes:
+        measures: whether the model's draws are looked at before its copies get streams (`measure_draws`): not where a
+            batch cannot be repeated, so that one copy a pass is the only plan.
+        compares: whether a fused pass is set against its copies then: not where all must stand in one pass.
     """
 
     def __init__(
@@ -122,6 +131,8 @@ class PassLoop:
     ) -> None:
         self.accelerator, self.plan, self.group = accelerator, plan, group
         self.copy_seed, self.carried = copy_seed, carried
+        self.measures, self.compares = copy_seed is not None and group.num_copies > 1, True
+        self._axes: DrawAxes | None = None
         self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
         self._beside: list[tuple[int, int]] = []  # and that fitted beside the gradients of earlier batches
 
@@ -154,24 +165,70 @@ class PassLoop:
             if self.copy_seed is None:
                 stack.enter_context(copies_of_pass(one.copies, batch=one.batch))
             else:
-                samples = count_samples(batch) if len(one.copies) > 1 else None
-                stack.enter_context(
-                    copy_streams(
-                        one.copies,
-                        seed=self.copy_seed,
-                        update=update,
-                        shard=one.shard,
-                        batch=one.batch,
-                        num_samples=samples,
-                    )
-                )
+                streams = {"seed": self.copy_seed, "update": update, "shard": one.shard, "batch": one.batch}
+                stack.enter_context(copy_streams(one.copies, axes=self._axes, **streams))
             yield
+
+    def _run_pass(
+        self,
+        one: Pass,
+        batch: Any,
+        model: nn.Module,
+        run_pass: Callable[[Pass, Any], Tensor],
+        loss_of: LossOfPass,
+        update: int,
+        reduce: bool,
+    ) -> Tensor:
+        """One pass; where it draws what nobody has looked at, its batch is looked at, and it is done again."""
+        if self.measures and self._axes is None:
+            self._measure(one, batch, model, loss_of, update)
+        if not self.measures:
+            with self.surrounding(one, batch, model, update, reduce=reduce):
+                return run_pass(one, batch)
+        restores = [model_snapshot(model), *(snapshot() for snapshot in self.carried)]
+        try:
+            with self.surrounding(one, batch, model, update, reduce=reduce):
+                return run_pass(one, batch)
+        except UnmeasuredError:
+            pass  # the exception is gone below, and what it kept alive
+        for restore in restores:
+            restore()
+        self._measure(one, batch, model, loss_of, update)
+        with self.surrounding(one, batch, model, update, reduce=reduce):
+            return run_pass(one, batch)
+
+    def _measure(self, one: Pass, batch: Any, model: nn.Module, loss_of: LossOfPass, update: int) -> None:
+        copies, bare = self.plan.copies, self.accelerator.unwrap_model(model)
+        assert self.copy_seed is not None
+        pair = copies[:2] if len(copies) > 1 else (copies[0], (copies[0] + 1) % self.group.num_copies)
+        try:
+            self._axes = measure_draws(
+                bare,
+                lambda rows: loss_of(bare, Pass(rows, one.batch, one.shard, is_last=False), batch),
+                (pair[0], pair[1]),
+                seed=self.copy_seed,
+                update=update,
+                shard=one.shard,
+                batch=one.batch,
+                known=self._axes,
+                compare=self.compares and len(copies) > 1,
+                carried=self.carried,
+            )
+        except RuntimeError as error:
+            if self.plan.copies_per_pass > 1 or not is_out_of_memory(error):
+                raise
+            self.measures = False
+            logger.warning(
+                "two copies do not fit into memory even without gradients, so its draws could not be looked at: "
+                "all of them are taken to be per copy, also those that other plans would share between copies"
+            )
 
     def run(
         self,
         model: nn.Module,
         batches: Sequence[Any],
         run_pass: Callable[[Pass, Any], Tensor],
+        loss_of: LossOfPass,
         *,
         update: int,
         first: int = 0,
@@ -184,6 +241,7 @@ class PassLoop:
             model: whose gradients and buffers the passes change.
             batches: unrepeated.
             run_pass: forward and backward of one pass over one batch; returns its detached part of the loss.
+            loss_of: that part alone, of the model without its wrappers: asked without gradients, to look at its draws.
             update: its number.
             first, of: as of `passes`.
             try_first: with several ranks, find a K that fits all of them before any of them reduces. Must be the
@@ -197,8 +255,7 @@ class PassLoop:
             parts = []
             for one in self.passes(len(batches), first=first, of=of):
                 batch = batches[one.batch - first]
-                with self.surrounding(one, batch, model, update, reduce=reduce):
-                    parts.append(run_pass(one, batch))
+                parts.append(self._run_pass(one, batch, model, run_pass, loss_of, update, reduce))
             return sum(parts[1:], start=parts[0])
 
         if not self.plan.may_shrink:

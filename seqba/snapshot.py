@@ -11,12 +11,8 @@ from seqba.draws.generators import rng_state, set_rng_state
 def model_snapshot(model: nn.Module) -> Callable[[], None]:
     """Remember modes, buffers (running statistics) and generators; the function returned puts them back each time."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = {buffer: buffer.clone() for _, named in buffers for buffer in named.values() if buffer is not None}
     generators = rng_state()
     syncs_buffers = getattr(model, "require_forward_param_sync", None)
 
@@ -24,9 +20,13 @@ def model_snapshot(model: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         for module, training in modes:
             module.training = training
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
+        for module, named in buffers:
+            module._buffers.clear()
+            module._buffers.update(named)
+        for buffer, value in values.items():
+            if buffer.shape != value.shape:  # resized in place
+                buffer.data = value.clone()
+            elif not torch.equal(buffer, value):
                 buffer.copy_(value)
         set_rng_state(generators)
         if syncs_buffers is not None:

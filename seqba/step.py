@@ -128,13 +128,16 @@ class TrainStep:
             raise ValueError("batches must hold at least one batch, got none")
         denominator, num_targets, num_samples, try_first = self._count(batches)
 
+        def loss_of(model: nn.Module, one: Pass, batch: Any) -> Tensor:
+            return self.loss_fn(model, self.take_copies(batch, one.copies)) / denominator
+
         def run_pass(one: Pass, batch: Any) -> Tensor:
-            nll = self.loss_fn(self.model, self.take_copies(batch, one.copies)) / denominator
+            nll = loss_of(self.model, one, batch)
             # ranks average their gradients; the sum over them is wanted
             self.accelerator.backward(nll * self.accelerator.num_processes)
             return nll.detach()
 
-        loss = self._loop.run(self.model, batches, run_pass, update=update, try_first=try_first)
+        loss = self._loop.run(self.model, batches, run_pass, loss_of, update=update, try_first=try_first)
         grad_norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -232,15 +232,19 @@ def test_a_group_of_two_ranks_draws_and_learns_what_one_rank_does_alone():
         for rank in range(ranks):
             group, carried = CopyGroup(4, rank, ranks, ranks_per_group=ranks), CarriedState(initial)
             accelerator = OneOfTwo(cpu=True) if ranks == 2 else Accelerator(cpu=True)
-            loop = PassLoop(accelerator, CopyPlan(group.copies, 2), group, copy_seed=9)
+            plan = CopyPlan(group.copies, 2)
+            loop = PassLoop(accelerator, plan, group, copy_seed=9, carried=[carried.snapshot])
 
-            def run_pass(one, batch, carried=carried, model=model):
-                loss = loss_with(carried, model, repeat_batch(batch, len(one.copies)))
+            def loss_of(model, one, batch, carried=carried):
+                return loss_with(carried, model, repeat_batch(batch, len(one.copies)))
+
+            def run_pass(one, batch, model=model, loss_of=loss_of):
+                loss = loss_of(model, one, batch)
                 loss.backward()
                 return loss.detach()
 
             for update in (1, 2):
-                loop.run(model, [window(update), window(update, batch=1)], run_pass, update=update)
+                loop.run(model, [window(update), window(update, batch=1)], run_pass, loss_of, update=update)
             states[ranks] |= carried.state_dict()
         gradients[ranks] = {name: p.grad for name, p in model.named_parameters()}
     for name, want in gradients[1].items():

@@ -207,8 +207,9 @@ def test_auto_settles_on_a_smaller_pass_and_is_bitwise_as_if_it_had_begun_there(
         assert torch.equal(got[name], want[name]), name
     assert torch.equal(model.passes, begun_there.passes)  # buffers were put back before the update was done again
     assert torch.equal(torch.get_rng_state(), after)
-    assert len(caplog.records) == (1 if settles == 2 else 2)
-    assert f"with {settles}" in caplog.records[-1].getMessage()
+    said = [record.getMessage() for record in caplog.records if "copies in a pass" in record.getMessage()]
+    assert len(said) == (1 if settles == 2 else 2)
+    assert f"with {settles}" in said[-1]
 
 
 def test_auto_remembers_and_says_it_once(caplog):

@@ -177,7 +177,6 @@ DRAWS = {
     "transposed storage": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1).normal_(),
     "one number a row": lambda x: torch.rand(x.shape[0]),
     "stochastic depth by row": lambda x: x * x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5),
-    "heads folded into rows": lambda x: nn.functional.dropout(x.repeat_interleave(2, 0), 0.5),
     "under inference mode": torch.inference_mode()(lambda x: nn.functional.dropout(x, 0.5)),
 }
 

@@ -330,6 +330,13 @@ def test_copies_samples_and_epochs_have_transforms_of_their_own(pipeline):
     assert torch.equal(again, seen[1])
 
 
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment"])
+def test_a_policy_alone_parts_the_copies(policy):
+    made, _, _ = pipelines(auto_augment=policy, ba_m=4, **STILL)
+    copies = unfold(made.transformed(made.first(6, 0), (0, 1, 2, 3)), 4)
+    assert not torch.equal(copies[0], copies[1])
+
+
 @pytest.mark.trap(30)
 def test_each_batch_epoch_and_copy_is_mixed_in_proportions_of_its_own():
     made, _, _ = pipelines(mixup_alpha=0.5, ba_m=3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqba.draws.callers import Caller, Callers
+from seqba.draws.callers import RECURRENT_DROPOUT, Caller, Callers
 
 # How an operation names the shape that it draws, and so how its rows can be cut.
 FILL = "fill"  # writes into its first argument: x.bernoulli_(p)
@@ -70,6 +70,10 @@ class RandomCall:
         """The shape of what is drawn."""
         if self.kind == FACTORY:
             return tuple(self._size())
+        if self.kind == PERMUTATION:
+            return (int(self.args[0]),)
+        if self.kind == MAP:
+            return tuple(torch.broadcast_shapes(*(x.shape for x in self._tensors())))
         tensor = self._first_tensor()
         return tuple(tensor.shape) if tensor is not None else ()
 
@@ -87,6 +91,11 @@ class RandomCall:
         return not (self.func._schema.name == "aten::multinomial" and len(self.shape) == 1)
 
     @property
+    def caller_axis(self) -> int | None:
+        """The axis of the rows that the running torch function is known to have: recurrent dropout's."""
+        return self.row_dim if self.caller is not None and self.caller.kind == RECURRENT_DROPOUT else None
+
+    @property
     def drops_out(self) -> bool:
         """Whether a fused kernel draws at all: it has a probability above 0, and is not told to evaluate."""
         return self.dropout > 0 and self.argument("train") is not False
@@ -101,8 +110,9 @@ class RandomCall:
         return any(argument.name == "generator" for argument in self.func._schema.arguments)
 
     def own_generator(self) -> torch.Generator | None:
-        """The generator that the model itself passed, if any."""
-        return self.argument("generator")
+        """The generator of its own that the model passed, if any; torch's default one is none."""
+        generator = self.argument("generator")
+        return None if generator is None or generator in _default_generators() else generator
 
     def run(self, generator: torch.Generator | None = None) -> Any:
         """Run the operation whole."""
@@ -121,11 +131,12 @@ class RandomCall:
             size[self.row_dim] = stop - start
             return self._with_size(size)
         shape = self.shape
+        dim = self.row_dim - len(shape)  # from behind, as arguments of fewer axes are aligned
 
         def cut(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.ndim != len(shape) or x.shape[self.row_dim] != shape[self.row_dim]:
+            if not isinstance(x, Tensor) or x.ndim < -dim or x.shape[dim] != shape[dim]:
                 return x
-            return _aligned(x.narrow(self.row_dim, start, stop - start))
+            return _aligned(x.narrow(dim, start, stop - start))
 
         args = tuple(cut(x) for x in self.args)
         return dataclasses.replace(self, args=args, kwargs={key: cut(x) for key, x in self.kwargs.items()})
@@ -148,9 +159,11 @@ class RandomCall:
                 return self.kwargs.get(argument.name, argument.default_value)
         return None
 
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
     def _first_tensor(self) -> Tensor | None:
-        values = (*self.args, *self.kwargs.values())
-        return next((x for x in values if isinstance(x, Tensor)), None)
+        return next(iter(self._tensors()), None)
 
     def _size_position(self) -> int:
         return next(i for i, argument in enumerate(self.func._schema.arguments) if argument.name == "size")
@@ -171,6 +184,11 @@ def _aligned(x: Tensor) -> Tensor:
     if x.is_contiguous() and (x.device.type == "cpu" or x.data_ptr() % 16 == 0):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _default_generators() -> list[torch.Generator]:
+    on_gpu = list(torch.cuda.default_generators) if torch.cuda.is_initialized() else []
+    return [torch.default_generator, *on_gpu]
 
 
 def kind_of(func: Any) -> str | None:

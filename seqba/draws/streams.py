@@ -7,7 +7,7 @@ accumulated over several, or spread over ranks, copy 3 of an update meets the sa
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqba.context import copies_of_pass, draws_are_shared
 from seqba.draws.generators import mix
-from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, PERMUTATION, UNKNOWN, RandomCall, RandomOps
+from seqba.draws.measured import SHARED, DrawAxes, Look, can_be_cut
+from seqba.draws.operations import CUDNN_RNN, FUSED_ATTENTION, RandomCall, RandomOps
+from seqba.draws.places import in_backward
 from seqba.errors import StreamError
-
-_SHARED = -1  # in place of a copy's number, for draws that the copies share
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,14 @@ class _Entry:
 
 @contextmanager
 def copy_streams(
-    copies: Sequence[int], *, seed: int, update: int, shard: int = 0, batch: int = 0, num_samples: int | None = None
+    copies: Sequence[int],
+    *,
+    seed: int,
+    update: int,
+    shard: int = 0,
+    batch: int = 0,
+    num_samples: int | None = None,
+    axes: DrawAxes | None = None,
 ) -> Iterator[None]:
     """Draw every random number of the pass inside from the stream of the copy whose rows it is for.
 
@@ -53,8 +60,10 @@ def copy_streams(
     generator, hence the keys, hence the masks. **Run the backward pass inside the block too**: outside of it
     a checkpointed model would be recomputed under other masks.
 
-    A draw of shape (), and any draw inside `shared_draws()`, is one for all copies and all passes: its stream has
-    the key without the copy (LayerDrop). All generators are as before on leaving.
+    Which rows are a copy's is measured (`axes`, of `measure_draws`; `TrainStep` and the Trainers do so themselves): a
+    draw that does not grow with the copies is one for all of them and all passes, from the key without the copy.
+    Without `axes` the rows are taken to be on the first axis, and a draw of shape () to be shared (LayerDrop). A draw
+    inside `shared_draws()` is shared. All generators are as before on leaving.
 
     Args:
         copies: the copies in the pass, in the order of their blocks of rows: (0, 1, 2, 3) for a fused M=4,
@@ -62,14 +71,16 @@ def copy_streams(
         seed, update: any integers; the run's seed and the number of the update.
         shard: the index of the B-sample batch inside the update: ranks (or groups of ranks) times accumulation.
         batch: its index among this rank's own, which draws nothing: `current_batch()` says it.
-        num_samples: B, where known: a draw must then have len(copies) rows or a multiple of len(copies) * B
-            (heads folded into rows, (M*B*H, T, S)); without it, any multiple of len(copies) is taken.
+        num_samples: B, without `axes`: a draw must then have len(copies) or len(copies) * B rows, and no other axis of
+            that size, which could be the one. Without it too, the caller vouches that every draw has its rows in front.
+        axes: what is known of the model's draws.
 
     Raises:
         StreamError: an operation whose draws cannot be told apart by copy, by name, with what to do: rows that are
             no multiple of the copies, `torch.randperm`, a generator of the model's own, dropout inside a fused
             attention kernel or cuDNN's recurrent networks, recurrent dropout over a `PackedSequence`; and on leaving,
-            numbers that numpy, Python or a kernel outside of torch's operations drew meanwhile.
+            numbers that numpy, Python or a kernel outside of torch's operations drew meanwhile. With `axes`, an
+            `UnmeasuredError`: a draw that is not among them.
         ValueError: no copies, a copy twice or below 0, or `num_samples` below 1.
 
     >>> x = torch.ones(2, 8)
@@ -83,6 +94,19 @@ def copy_streams(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1 where it is given, got {num_samples}")
     with ExitStack() as stack:
+        if axes is not None:
+            stack.enter_context(axes.places.followed(axes.check_call))
+        streams = CopyStreams(tuple(copies), num_samples, axes)
+        stack.enter_context(streams_of_pass(copies, streams, seed=seed, update=update, shard=shard, batch=batch))
+        yield
+
+
+@contextmanager
+def streams_of_pass(
+    copies: Sequence[int], streams: "CopyStreams", *, seed: int, update: int, shard: int, batch: int
+) -> Iterator[None]:
+    """A pass over `copies` whose draws `streams` makes, from keys of (seed, update, shard)."""
+    with ExitStack() as stack:
         stack.enter_context(copies_of_pass(copies, batch=batch))
         if torch.cuda.is_available():
             # the fused kernels draw inside; the math backend's dropout is an operation that can be cut into rows
@@ -90,7 +114,7 @@ def copy_streams(
         entry = _Entry.now()
         torch.default_generator.manual_seed(mix(seed, update, shard))
         try:
-            with CopyStreams(tuple(copies), num_samples):
+            with streams:
                 yield
         finally:
             torch.default_generator.set_state(entry.torch_state)
@@ -105,13 +129,16 @@ class CopyStreams(RandomOps):
     Args:
         copies: in the order of their blocks of rows.
         num_samples: B, where known.
+        axes: says the axis of each draw.
     """
 
-    def __init__(self, copies: tuple[int, ...], num_samples: int | None) -> None:
+    def __init__(
+        self, copies: tuple[int, ...], num_samples: int | None = None, axes: DrawAxes | Look | None = None
+    ) -> None:
         super().__init__()
-        self.copies = copies
-        self.num_samples = num_samples
+        self.copies, self.num_samples, self.axes = copies, num_samples, axes
         self.generators: dict[torch.device, torch.Generator] = {}
+        self._by_key: dict[int, int] = {}  # the axis of each draw of the forward pass
 
     def on_draw(self, call: RandomCall) -> Any:
         """Draw a call in blocks, or once where it is one for all copies."""
@@ -125,24 +152,40 @@ class CopyStreams(RandomOps):
                 f"{call.name} draws from a generator that the model passes itself, so its copies cannot have streams "
                 "of their own; let it use torch's default generator, or train without reproducible copies"
             )
-        has_rows = call.kind not in (PERMUTATION, UNKNOWN) and call.has_rows
-        if draws_are_shared() or (has_rows and call.shape == ()):
-            return self.draw(call, mix(key, _SHARED))
-        if not has_rows:
+        axis = SHARED if draws_are_shared() else self.axis_of(call, key)
+        if axis != SHARED:
+            return self.draw_blocks(replace(call, row_dim=axis), key)
+        if call.shape == () or not can_be_cut(call):
+            return self.draw(call, mix(key, SHARED))
+        return self.draw_blocks(replace(call, row_dim=0), key, (SHARED,))
+
+    def axis_of(self, call: RandomCall, key: int) -> int:
+        """The axis of the copies' rows, or SHARED; in a backward pass by the key, which checkpointing meets again."""
+        if self.axes is not None:
+            if not in_backward():
+                self._by_key[key] = self.axes.axis(call)
+            elif key not in self._by_key:
+                raise StreamError(
+                    f"{call.name} draws in the backward pass and not in the forward pass, where its numbers could be "
+                    "told apart by copy; train without reproducible copies"
+                )
+            return self._by_key[key]
+        if not (can_be_cut(call) or call.packed):
             raise StreamError(
                 f"{call.name} has no rows that belong to copies (or is not known to seqba); if one draw is meant for "
                 "all copies, wrap it in `with seqba.shared_draws():`, else train without reproducible copies"
             )
-        return self.draw_blocks(call, key)
+        return call.row_dim if call.shape else SHARED
 
-    def draw_blocks(self, call: RandomCall, key: int) -> Any:
-        """One block of rows after the other, each from its own copy's stream.
+    def draw_blocks(self, call: RandomCall, key: int, copies: tuple[int, ...] | None = None) -> Any:
+        """One block of rows after the other, each from its own copy's stream; `copies` by default those of the pass.
 
         Blocks are drawn contiguous, one copy alone too: kernels fill other layouts in another order.
         """
-        rows = self.rows_of_a_copy(call)
+        copies = self.copies if copies is None else copies
+        rows = call.shape[call.row_dim] if len(copies) == 1 else self.rows_of_a_copy(call)
         results = []
-        for block, copy in enumerate(self.copies):
+        for block, copy in enumerate(copies):
             start = block * rows
             part = call.rows(start, start + rows)
             results.append(self.draw(part, mix(key, copy)))
@@ -158,11 +201,9 @@ class CopyStreams(RandomOps):
     def rows_of_a_copy(self, call: RandomCall) -> int:
         """How many rows of a draw are one copy's."""
         size = call.shape[call.row_dim] if len(call.shape) > call.row_dim else 0
-        num_copies = len(self.copies)
-        if num_copies == 1:
-            return size
+        num_copies, guessed = len(self.copies), self.axes is None
         unit = num_copies * (self.num_samples or 1)
-        if call.packed or size == 0 or (size != num_copies and size % unit):
+        if call.packed or size == 0 or size % num_copies or (guessed and size != num_copies and size % unit):
             samples = f" of {self.num_samples} samples" if self.num_samples else ""
             packed = ", over a PackedSequence whose rows are interleaved in time" if call.packed else ""
             raise StreamError(
@@ -171,6 +212,14 @@ class CopyStreams(RandomOps):
                 "for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
                 "first axis, run one copy a pass (copies_per_pass=1), or train without reproducible copies"
             )
+        if guessed and self.num_samples and call.caller_axis is None:
+            others = [n for axis, n in enumerate(call.shape) if axis != call.row_dim]
+            if size not in (num_copies, unit) or unit in others:
+                raise StreamError(
+                    f"{call.name} draws a mask of shape {call.shape} in a pass of {num_copies} copies of "
+                    f"{self.num_samples} samples: from its sizes alone, more than one axis can hold their rows, or "
+                    "none (a table, time, heads in front of rows). Say which by `axes=seqba.measure_draws(...)`"
+                )
         return size // num_copies
 
     def draw(self, call: RandomCall, seed: int) -> Any:

@@ -17,7 +17,7 @@ from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
 from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies, transformed
 from seqba.trainer.checks import check_copies, measured, plan_for, refuse_missing_decoder_inputs, refuse_unsupported
 from seqba.trainer.counters import BatchAugmentationCounters
-from seqba.trainer.loss import Divisor, LossForm, part_of_update
+from seqba.trainer.loss import Divisor, LossForm, Rows, part_of_update
 from seqba.trainer.state import OrderOfEpoch, generators_of_rank, replaced, snapshot, wrap_again
 
 if TYPE_CHECKING:
@@ -124,8 +124,16 @@ class BatchAugmentationMixin(_TrainerBase):
             with self._ba_weighted_loss(batch, len(one.copies)):
                 return self._ba_pass(model, rows, num_items_in_batch)
 
+        def loss_of(model: nn.Module, one: Pass, inputs: Any) -> Tensor:
+            rows = self._ba_copies(inputs, one.copies, (self.args.seed, update, one.shard))
+            model.train()  # as the Trainer's step does
+            with self._ba_weighted_loss(batch, len(one.copies)), self.compute_loss_context_manager():
+                return self.compute_loss(model, rows, num_items_in_batch=self._ba_num_items(num_items_in_batch))
+
         with self._ba_generators(run.loop.group.shard(batch, of)):
-            loss = run.loop.run(model, [inputs], run_pass, update=update, first=batch, of=of, try_first=items.try_first)
+            loss = run.loop.run(
+                model, [inputs], run_pass, loss_of, update=update, first=batch, of=of, try_first=items.try_first
+            )
         if items.done == of:
             self._ba_finish(items)
         return loss
@@ -199,6 +207,8 @@ class BatchAugmentationMixin(_TrainerBase):
             run.form = measured(self, model, inputs, num_items, may_repeat=may_repeat)
         if is_new and run.form is not None:
             run.loop.plan = plan_for(self, run.loop.plan, run.form, run.packed)
+            run.loop.measures = run.loop.measures and not run.packed and run.form.rows is not Rows.COMPARED
+            run.loop.compares = run.form.divisor is not Divisor.BOTH
         if self.ba_args.ba_m > 1 and not run.has_audited and not self.ba_args.allow_identical_copies:
             if not self._ba_parts_copies(inputs):
                 check_copies(self, model, inputs)
@@ -233,13 +243,17 @@ class BatchAugmentationMixin(_TrainerBase):
         return any(not torch.equal(x, view[name]) for view in views for name, x in first.items() if torch.is_tensor(x))
 
     def _ba_pass(self, model: nn.Module, rows: Any, num_items: Any) -> Tensor:
-        """The Trainer's step on the rows of a pass, told the targets of all copies where the loss divides by them."""
+        """The Trainer's step on the rows of a pass."""
+        return super().training_step(model, rows, self._ba_num_items(num_items))
+
+    def _ba_num_items(self, num_items: Any) -> Any:
+        """The targets of all copies, where the loss divides by them."""
         form = self._ba_run.form
         if num_items is None or form is None or form.divisor is Divisor.PASS:
-            return super().training_step(model, rows, None)
+            return None
         assert self._ba_run.items is not None
         targets = self._ba_run.items.all[form.target]
-        return super().training_step(model, rows, self.ba_args.ba_m * targets.clamp(min=1))
+        return self.ba_args.ba_m * targets.clamp(min=1)
 
     def _ba_generators(self, shard: int) -> AbstractContextManager[None]:
         """Ranks start from one seed: without streams, their copies would meet the same masks."""
