@@ -51,8 +51,9 @@ class DrawAxes:
         """The axis of a draw at a place of the forward pass, or SHARED; `UnmeasuredError` where it was not met."""
         if place not in self._axes:
             raise UnmeasuredError(
-                f"{self.places.module(place.call)} draws by {place.operation}, which it did not in the passes that "
-                f"were looked at; {_OUTSIDE}"
+                f"{self.places.module(place.call)} draws by {place.operation} more often than in the passes that were "
+                "looked at: how often it draws depends on what it computes, which moves every number behind it; "
+                f"{_OUTSIDE}"
             )
         return self._axes[place]
 
@@ -176,7 +177,13 @@ def _times(draws: Counter[str]) -> str:
 # ---- what a pass gives, in numbers that can be set against each other
 
 
-def size_of(output: Any) -> tuple[float, float]:
+def add_up(one: Any, other: Any, both: Any) -> bool:
+    """Whether what a pass over two copies gives is what the copies alone give, but for rounding."""
+    (a, tolerance), (b, _), (c, _) = _size_of(one), _size_of(other), _size_of(both)
+    return abs(c - a - b) <= 4 * tolerance
+
+
+def _size_of(output: Any) -> tuple[float, float]:
     """A number that adds up over the rows of an output, and what rounding may move in it."""
     total, tolerance = 0.0, 0.0
     for leaf in tree_leaves(output):
@@ -186,6 +193,41 @@ def size_of(output: Any) -> tuple[float, float]:
             total += float(own)
             tolerance += abs(float(own)) * _rounding(leaf.dtype)
     return total, tolerance
+
+
+Buffers = dict[str, Tensor]
+
+
+def buffers_of(model: nn.Module) -> Buffers:
+    """The floating-point buffers of a model as they are, but for the running statistics of ghost batch norm."""
+    ghosts = {path for path, module in model.named_modules() if isinstance(module, GhostBatchNorm2d)}
+    return {
+        name: x.clone()
+        for name, x in model.named_buffers()
+        if x.is_floating_point() and name.rpartition(".")[0] not in ghosts
+    }
+
+
+def refuse_state(model: nn.Module, first: tuple[Any, Buffers], second: tuple[Any, Buffers]) -> None:
+    """Refuse a model in which a pass differs from the pass before it, under the same draws; of each output and buffers.
+
+    Raises:
+        StreamError: the model, or the module whose buffer each pass moves.
+    """
+    (output, buffers), (again, later) = first, second
+    moved = [name for name, x in buffers.items() if not torch.equal(x, later.get(name, x.new_empty(0)))]
+    if moved:
+        raise StreamError(
+            f"{moved[0]} is moved by every pass, so that it depends on how many passes an update has (spectral norm, "
+            f"averages of its own); switch it off, or {_OUTSIDE}"
+        )
+    (size, tolerance), (repeated, _) = _size_of(output), _size_of(again)
+    if abs(size - repeated) > tolerance:
+        raise StreamError(
+            f"two passes of {type(model).__name__} from the same seed differ: it seeds torch itself (torch.seed()), "
+            "has a generator of its own, or keeps state from one pass to the next; make what it draws depend on "
+            f"torch's generator alone, or {_OUTSIDE}"
+        )
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -112,7 +112,7 @@ class RandomCall:
     def own_generator(self) -> torch.Generator | None:
         """The generator of its own that the model passed, if any; torch's default one is none."""
         generator = self.argument("generator")
-        return None if generator is None or generator in _default_generators() else generator
+        return None if generator is None or generator._cdata in map(_address, _default_generators()) else generator
 
     def run(self, generator: torch.Generator | None = None) -> Any:
         """Run the operation whole."""
@@ -184,6 +184,11 @@ def _aligned(x: Tensor) -> Tensor:
     if x.is_contiguous() and (x.device.type == "cpu" or x.data_ptr() % 16 == 0):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _address(generator: torch.Generator) -> int:
+    """Which generator it is: a dispatch mode is handed other Python objects of the same."""
+    return generator._cdata  # type: ignore[attr-defined]
 
 
 def _default_generators() -> list[torch.Generator]:

@@ -46,6 +46,11 @@ class Places:
         """The path of the module that a call is of."""
         return self._modules[call]
 
+    @property
+    def running(self) -> str:
+        """The path of the innermost module that runs."""
+        return self._modules[self._stack[-1].number]
+
     def next(self, operation: str) -> Place:
         """The place of the draw that is about to be made."""
         call = self._stack[-1]

@@ -206,9 +206,10 @@ class CopyStreams(RandomOps):
         if call.packed or size == 0 or size % num_copies or (guessed and size != num_copies and size % unit):
             samples = f" of {self.num_samples} samples" if self.num_samples else ""
             packed = ", over a PackedSequence whose rows are interleaved in time" if call.packed else ""
+            module = "" if self.axes is None else f" in {self.axes.places.running}"
             raise StreamError(
-                f"{call.name} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold the rows "
-                f"of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask is meant "
+                f"{call.name}{module} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold the "
+                f"rows of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask is meant "
                 "for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
                 "first axis, run one copy a pass (copies_per_pass=1), or train without reproducible copies"
             )
