@@ -36,10 +36,17 @@ def copies_of_pass(copies: Sequence[int], *, batch: int = 0) -> Iterator[None]:
         ValueError: no copies, or a copy twice or below 0.
         RuntimeError: a pass is running already.
     """
-    global _running
     numbers = tuple(copies)
     if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
         raise ValueError(f"copies must be distinct numbers from 0, at least one of them, got {list(numbers)}")
+    with rows_of_copies(numbers, batch):
+        yield
+
+
+@contextmanager
+def rows_of_copies(numbers: tuple[int, ...], batch: int) -> Iterator[None]:
+    """`copies_of_pass` that is not asked whether the copies are distinct."""
+    global _running
     if _running is not None:
         raise RuntimeError(f"a pass over copies {_running[0]} is already running; passes do not nest")
     _running = numbers, batch

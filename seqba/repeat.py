@@ -17,6 +17,10 @@ from torch.nn.utils.rnn import PackedSequence
 BatchT = TypeVar("BatchT")
 
 _SIZE_KEYS = ("input_ids", "labels")
+_TWO_READINGS = (
+    "it can be read as one item for each sample and as whole tensors; give it another size of batch, stack the items "
+    "into one tensor, or repeat it yourself"
+)
 
 
 def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: int | None = None) -> BatchT:
@@ -29,7 +33,8 @@ def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: i
 
     Args:
         batch: a tensor, or any nesting of mappings (`dict`, `BatchEncoding`, `ModelOutput` ...), dataclasses,
-            tuples and lists of tensors with B samples along `dim`, e.g. `input_ids` (B, S). A list of B items
+            tuples and lists of tensors with B samples along `dim`, e.g. `input_ids` (B, S); `position_ids` of three
+            axes are (3, B, T). A tuple as the batch itself holds whole parts (images, targets). A list of B items
             that are not such tensors (strings, numbers, per-sample dictionaries) is repeated as a list, and numpy
             arrays are repeated like tensors. Scalars, strings and None are left as they are. A tensor with
             fewer than `dim` + 1 axes is repeated along its last one (`lengths` (B,) beside a time-major (T, B)).
@@ -43,8 +48,8 @@ def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: i
         dropout may write to it). With `num_copies=1` tensors may be shared with `batch`.
 
     Raises:
-        ValueError: `num_copies` is below 1, or a tensor or list holds another number of samples than B (its
-            key is named).
+        ValueError: `num_copies` is below 1, a tensor or list holds another number of samples than B (its key is
+            named), or it can be read in two ways (a list of B images whose first axis is B too).
         TypeError: a `PackedSequence`, nested or sparse tensor, whose rows cannot be repeated.
 
     >>> repeat_batch({"labels": torch.tensor([[7, 8], [9, 2]])}, num_copies=2)["labels"].tolist()
@@ -54,6 +59,9 @@ def repeat_batch(batch: BatchT, num_copies: int, *, dim: int = 0, num_samples: i
         raise ValueError(f"num_copies must be an integer of at least 1, got {num_copies!r}")
     if num_samples is None:
         num_samples = count_samples(batch, dim)
+    if isinstance(batch, tuple) and not isinstance(batch, PackedSequence):  # (images, targets), never samples
+        repeater = _Repeater(num_copies, dim, num_samples)
+        return repeater.rebuild(batch, [repeater.visit(x, f"batch[{i}]") for i, x in enumerate(batch)])
     return _Repeater(num_copies, dim, num_samples).visit(batch, "batch")
 
 
@@ -124,7 +132,7 @@ def count_samples(batch: object, dim: int = 0) -> int | None:
     sizes: dict[int, str] = {}
     for path, leaf in _tensor_leaves(batch, "batch"):
         size = leaf.size(min(dim, leaf.ndim - 1))  # a nested tensor has no shape
-        if path.rsplit(".", 1)[-1] in _SIZE_KEYS and leaf.ndim > dim:
+        if path.rsplit(".", 1)[-1] in _SIZE_KEYS and leaf.ndim > dim and "[" not in path.removeprefix("batch["):
             named = size if named is None or path.endswith(_SIZE_KEYS[0]) else named
         sizes.setdefault(size, path)
     if named is not None:
@@ -187,7 +195,7 @@ class _Repeater:
             return self.tensor(torch.from_numpy(x), path).numpy()
         if isinstance(x, PackedSequence):
             raise TypeError(f"{path} is a PackedSequence, whose rows are interleaved in time; repeat before packing")
-        if isinstance(x, (list, tuple)) and not self.is_container(x):
+        if isinstance(x, (list, tuple)) and not self.is_container(x, path):
             return self.items(x, path)
         children = _children(x, path)
         if not children:
@@ -198,6 +206,10 @@ class _Repeater:
         if not _is_dense(x):
             raise TypeError(f"{path} is a nested or sparse tensor; repeat_batch takes dense (strided) tensors")
         dim = min(self.dim, x.ndim - 1)
+        if path.endswith("position_ids") and x.ndim == 3 and dim == 0:  # (3, B, T): in time, height and width
+            if x.shape[0] == x.shape[1] == self.num_samples:
+                raise ValueError(f"{path} has shape {tuple(x.shape)}: {_TWO_READINGS}")
+            dim = int(x.shape[0] != self.num_samples)
         if x.shape[dim] != self.num_samples:
             raise ValueError(
                 f"{path} has shape {tuple(x.shape)}: {x.shape[dim]} along dim {dim}, but the batch holds "
@@ -207,7 +219,7 @@ class _Repeater:
             return x.contiguous()
         return torch.cat([x] * self.num_copies, dim=dim)
 
-    def is_container(self, x: list | tuple) -> bool:
+    def is_container(self, x: list | tuple, path: str) -> bool:
         """Whether a list holds whole batches of tensors (and is walked), or one item for each sample."""
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             return True
@@ -216,6 +228,8 @@ class _Repeater:
             scalars = any(isinstance(item, Tensor) for item in x)
             return self.num_samples is None or (scalars and len(x) != self.num_samples)
         fits = all(_is_dense(leaf) and leaf.shape[min(self.dim, leaf.ndim - 1)] == self.num_samples for leaf in tensors)
+        if fits and isinstance(x, list) and len(x) == self.num_samples:
+            raise ValueError(f"{path} is a list of {len(x)} whose tensors have {len(x)} rows too: {_TWO_READINGS}")
         return fits or len(x) != self.num_samples
 
     def items(self, x: list | tuple, path: str) -> list | tuple:

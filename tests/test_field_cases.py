@@ -39,7 +39,7 @@ def weights_of(model, plan, batch, *, m=M, dim=0, loss_of=None, updates=2):
 
 def assert_plans_agree(model, batch, *, m=M, tolerance=1e-4, **options):
     want = weights_of(model, m, batch, m=m, **options)
-    moved = max(float((want[name] - p).abs().max()) for name, p in model.named_parameters())
+    moved = max(float((want[name] - p.detach()).abs().max()) for name, p in model.named_parameters())
     assert moved > 0
     for plan in range(1, m):
         for name, weight in weights_of(model, plan, batch, m=m, **options).items():

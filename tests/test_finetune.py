@@ -602,7 +602,6 @@ def test_a_translation_begins_with_the_language_that_was_asked_for(multilingual,
         ("--fp16 true", "--fp16 needs an accelerator, and this run is on cpu"),
         ("--do_eval true", "always trains and then evaluates"),
         ("--report_to wandb", "(?i)wandb"),
-        ("--reproducible_copies true --torch_compile true", "a compiled model draws inside its kernels"),
         ("--model {models}/gpt2 --dataset {data}/files/test-00000-of-00001.parquet", "is a file; give its folder"),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_contrastive_loss_runs_one_copy_a_pass_without_siblings(tmp_path):
     (got,) = trainer_gradients(
         tmp_path, model, data, collator=pair_up, settings=settings, ba_m=3, allow_identical_copies=True
     )
-    assert rows == [4, 4, 4]
+    assert rows[-3:] == [4, 4, 4]  # after the look at the gradient of all rows twice
     assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 

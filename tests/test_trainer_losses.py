@@ -144,7 +144,20 @@ class AboveScaled(WithScaledLoss, BatchAugmentationTrainer):
     pass
 
 
-@pytest.mark.parametrize("trainer_class", [Below, Above, AboveScaled])
+class PlainScaled(WithScaledLoss, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("copies", [(1, 1), (3, 1), (3, 2)])
+def test_a_loss_that_says_it_is_scaled_is_taken_at_its_word(copies, tmp_path):
+    model, data = FAMILIES["bart"](dropout=0.0), Samples("bart", 5)
+    (want,) = trainer_gradients(tmp_path, model, data, trainer_class=PlainScaled, settings=ACCUMULATED)
+    options = {"ba_m": copies[0], "copies_per_pass": copies[1], "settings": ACCUMULATED, **IDENTICAL}
+    (got,) = trainer_gradients(tmp_path, model, data, trainer_class=AboveScaled, **options)
+    assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", [Below, Above])
 def test_an_overridden_compute_loss_is_weighted_wherever_it_stands(trainer_class, tmp_path):
     check_custom(tmp_path, trainer_class=trainer_class)
 

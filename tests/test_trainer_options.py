@@ -77,7 +77,8 @@ def test_looking_at_a_model_that_is_random_in_eval_mode_too_moves_no_generator(t
     torch.manual_seed(7)
     trainer.training_step(model, batch)
     torch.manual_seed(7)
-    assert torch.equal(model.drawn[-1], torch.rand(6, 2))
+    for noise in model.drawn[-2:]:  # one copy a pass, as nobody can see what this loss does with its rows
+        assert torch.equal(noise, torch.rand(3, 2))
 
 
 # ---- making one
@@ -208,9 +209,9 @@ def test_what_a_trainer_shares_with_others_stays_shared(num_copies, tmp_path):
 
 def test_a_refused_trainer_is_still_the_plain_one(tmp_path):
     trainer = make(tmp_path, llama(0.3), trainer_class=Trainer)
-    trainer.args.torch_compile = True
-    with pytest.raises(ValueError, match="a compiled model draws inside its kernels"):
-        augment(trainer, ba_m=2, reproducible_copies=True)
-    trainer.args.torch_compile = False
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        augment(trainer, ba_m=2)
+    trainer.args._n_gpu = 1
     assert type(trainer) is Trainer
     trainer.train()

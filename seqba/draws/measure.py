@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from seqba.context import rows_of_copies
 from seqba.draws.measured import (
     SHARED,
     DrawAxes,
@@ -22,7 +23,7 @@ from seqba.draws.measured import (
     refuse_state,
     where_they_part,
 )
-from seqba.draws.streams import CopyStreams, streams_of_pass
+from seqba.draws.streams import CopyStreams, seeded_streams
 from seqba.errors import StreamError
 from seqba.snapshot import model_snapshot
 
@@ -91,10 +92,11 @@ def measure_draws(
             for restore in of_carried:
                 restore()
 
-        def run(of_pass: tuple[int, ...], rows: tuple[int, ...], streams: CopyStreams, notes: Any) -> Any:
+        def run(rows: tuple[int, ...], streams: CopyStreams, notes: Any) -> Any:
             with (
                 axes.places.followed(notes.note_call),
-                streams_of_pass(of_pass, streams, seed=seed, update=update, shard=shard, batch=batch),
+                rows_of_copies(rows, batch),
+                seeded_streams(streams, seed=seed, update=update, shard=shard),
             ):
                 return pass_of(rows)
 
@@ -102,11 +104,11 @@ def measure_draws(
             notes = Look(axes.places, alone, None if shared else axes)
             streams = (SHARED,) * len(of_pass) if shared else of_pass
             rows = (first,) * len(of_pass) if shared else of_pass
-            return notes, run(of_pass, rows, CopyStreams(streams, axes=notes), notes)
+            return notes, run(rows, CopyStreams(streams, axes=notes), notes)
 
         def outputs(of_pass: tuple[int, ...]) -> Outputs:
             notes = Outputs()
-            run(of_pass, of_pass, CopyStreams(of_pass, axes=axes), notes)
+            run(of_pass, CopyStreams(of_pass, axes=axes), notes)
             return notes
 
         try:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 
 class Place(NamedTuple):
@@ -33,7 +32,7 @@ class Places:
     """Names the places of a model's draws, alike in every pass: layers that are skipped do not move those behind them.
 
     Args:
-        model: whose modules are told apart. Others (wrappers of data parallelism) count as a part of the caller.
+        model: whose modules are told apart.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,10 +71,7 @@ class Places:
         handled = sys.exc_info()[1]
 
         def enter(module: nn.Module, args: Any) -> None:
-            outer, name = self._stack[-1], self._names.get(module)
-            if name is None:
-                self._stack.append(outer)
-                return
+            outer, name = self._stack[-1], self._names[module]
             key = (outer.number, name, outer.calls[name])
             outer.calls[name] += 1
             number = self._numbers.setdefault(key, len(self._numbers) + 1)
@@ -84,15 +80,13 @@ class Places:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self._stack.pop()
-            if (
-                module in self._names and not in_backward() and sys.exc_info()[1] is handled
-            ):  # else the module has raised
+            if not in_backward() and sys.exc_info()[1] is handled:  # else the module has raised
                 on_call(call.number, call.draws, output)
 
-        handles: list[Any] = [
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-        ]
+        handles: list[Any] = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         try:
             yield self
             on_call(0, self._stack[0].draws, None)

@@ -93,21 +93,19 @@ def copy_streams(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1 where it is given, got {num_samples}")
+    streams = CopyStreams(tuple(copies), num_samples, axes)
     with ExitStack() as stack:
         if axes is not None:
             stack.enter_context(axes.places.followed(axes.check_call))
-        streams = CopyStreams(tuple(copies), num_samples, axes)
-        stack.enter_context(streams_of_pass(copies, streams, seed=seed, update=update, shard=shard, batch=batch))
+        stack.enter_context(copies_of_pass(copies, batch=batch))
+        stack.enter_context(seeded_streams(streams, seed=seed, update=update, shard=shard))
         yield
 
 
 @contextmanager
-def streams_of_pass(
-    copies: Sequence[int], streams: "CopyStreams", *, seed: int, update: int, shard: int, batch: int
-) -> Iterator[None]:
-    """A pass over `copies` whose draws `streams` makes, from keys of (seed, update, shard)."""
+def seeded_streams(streams: "CopyStreams", *, seed: int, update: int, shard: int) -> Iterator[None]:
+    """A block whose draws `streams` makes, from keys of (seed, update, shard)."""
     with ExitStack() as stack:
-        stack.enter_context(copies_of_pass(copies, batch=batch))
         if torch.cuda.is_available():
             # the fused kernels draw inside; the math backend's dropout is an operation that can be cut into rows
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -208,9 +206,9 @@ class CopyStreams(RandomOps):
             packed = ", over a PackedSequence whose rows are interleaved in time" if call.packed else ""
             module = "" if self.axes is None else f" in {self.axes.places.running}"
             raise StreamError(
-                f"{call.name}{module} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold the "
-                f"rows of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask is meant "
-                "for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
+                f"{call.name}{module} draws a mask of shape {call.shape}{packed}: axis {call.row_dim} does not hold "
+                f"the rows of {num_copies} copies{samples}, so its numbers cannot be told apart by copy. If the mask "
+                "is meant for all copies, wrap it in `with seqba.shared_draws():`; otherwise keep the samples on the "
                 "first axis, run one copy a pass (copies_per_pass=1), or train without reproducible copies"
             )
         if guessed and self.num_samples and call.caller_axis is None:

@@ -1,7 +1,7 @@
 """What a Trainer's training batch holds: its samples, its targets, and whether its rows may stand beside copies."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
 
-from seqba.loss import count_targets
+from seqba.loss import IGNORE_INDEX, count_targets
 from seqba.repeat import count_samples, keys_of_rows, repeat_batch
 
 # What `count_items` counts, by position.
@@ -17,6 +17,10 @@ SAMPLES, TARGETS, SHIFTED_TARGETS = 0, 1, 2
 
 # Keys of batches that hold several sequences in one row, with the places where one ends and the next begins.
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+class UnrepeatableError(ValueError):
+    """A batch of which a pass can hold one copy alone."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ class UpdateItems:
         try_first: whether a batch of some rank is larger than any that fitted before.
         packed: whether a batch of some rank is packed.
         done: how many of the batches were given to the step.
+        source: the batches themselves, until it is known what a target is.
     """
 
     batches: list[Tensor]
@@ -38,14 +43,15 @@ class UpdateItems:
     try_first: bool = False
     packed: bool = False
     done: int = 0
+    source: Sequence[Mapping[str, Any]] = ()
 
 
-def count_items(batch: Mapping[str, Any], device: torch.device) -> Tensor:
+def count_items(batch: Mapping[str, Any], device: torch.device, ignored: int | None = None) -> Tensor:
     """Samples, targets, and targets of a loss that predicts label t+1 at position t: (3,), int64.
 
-    Samples are rows, in packed batches sequences. Targets are integer labels other than -100; where labels are
-    numbers to regress, boxes, or there are none, every sample is one target. `shift_labels`, where a collator gives
-    them, are the targets of a shifted loss.
+    Samples are rows, in packed batches sequences. Targets are integer labels other than -100 and `ignored`; where
+    labels are numbers to regress, boxes, or there are none, every sample is one target. `shift_labels`, where a
+    collator gives them, are the targets of a shifted loss.
 
     >>> labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
     >>> count_items({"input_ids": labels, "labels": labels}, torch.device("cpu")).tolist()
@@ -57,6 +63,8 @@ def count_items(batch: Mapping[str, Any], device: torch.device) -> Tensor:
         counts = [samples, samples, samples]
     else:
         shifted = labels if "shift_labels" in batch or labels.ndim < 2 else labels[..., 1:]
+        if ignored is not None:
+            labels, shifted = (x.masked_fill(x == ignored, IGNORE_INDEX) for x in (labels, shifted))
         counts = [samples, count_targets(labels), count_targets(shifted)]
     return torch.stack([torch.as_tensor(count).to(device) for count in counts])
 
@@ -80,14 +88,33 @@ def take_copies(batch: Mapping[str, Any], num_copies: int) -> Any:
     """The rows of a pass over `num_copies` copies; one copy is the batch itself, in a mapping of its own.
 
     Raises:
-        ValueError, TypeError: a value without one row per sample, which only passes of one copy can take.
+        UnrepeatableError: a value without one row per sample, which only passes of one copy can take.
     """
     if num_copies == 1:
         return copy.copy(batch)
     try:
         return repeat_batch(batch, num_copies)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{error}; or run one copy a pass (copies_per_pass=1)") from error
+        raise UnrepeatableError(f"{error}; or run one copy a pass (copies_per_pass=1)") from error
+
+
+def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some samples of a batch.
+
+    Raises:
+        ValueError: a tensor without one row for each sample.
+    """
+    size = count_samples(batch)
+    for name, x in batch.items():
+        if isinstance(x, Tensor) and x.ndim and len(x) != size:
+            raise ValueError(f"{name} has {len(x)} rows, not {size}")
+    return {
+        name: x[start:stop] if isinstance(x, (Tensor, list)) and _len(x) == size else x for name, x in batch.items()
+    }
+
+
+def _len(x: Tensor | list) -> int:
+    return len(x) if isinstance(x, list) or x.ndim else 0
 
 
 def transformed(

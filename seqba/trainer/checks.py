@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,24 +12,24 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from seqba.audit import audit_masks, check_copies_differ
-from seqba.audit.state import is_compiled, undisturbed
+from seqba.audit.state import undisturbed
 from seqba.draws.generators import rng_state, set_rng_state
 from seqba.errors import UnsupportedError
-from seqba.passes import CopyPlan
-from seqba.trainer.batch import is_packed, take_copies, without_packing
-from seqba.trainer.loss import Divisor, LossForm, Rows, measure_loss
+from seqba.loss import IGNORE_INDEX
+from seqba.passes import CopyPlan, is_out_of_memory
+from seqba.trainer.batch import UnrepeatableError, is_packed, take_copies, without_packing
+from seqba.trainer.loss import Divisor, LossForm, Rows, compare_rows, measure_loss
 
 logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
-def refuse_unsupported(trainer: Trainer, reproducible_copies: bool) -> None:
+def refuse_unsupported(trainer: Trainer) -> None:
     """Refuse a trainer whose setting the laws are not known to hold in.
 
     Raises:
-        UnsupportedError: several GPUs in one process, DeepSpeed, FSDP, Megatron-LM, a batch spread over ranks, or
-            per-copy streams under a compiler, which draws its random numbers out of their reach.
+        UnsupportedError: several GPUs in one process, DeepSpeed, FSDP, Megatron-LM, or a batch spread over ranks.
     """
     if trainer.args.n_gpu > 1:
         raise UnsupportedError(
@@ -46,11 +48,6 @@ def refuse_unsupported(trainer: Trainer, reproducible_copies: bool) -> None:
         raise UnsupportedError(
             "Batch Augmentation is not supported with tensor, context or sequence parallelism; use DDP"
         )
-    if reproducible_copies and (trainer.args.torch_compile or any(map(is_compiled, trainer.model.modules()))):
-        raise UnsupportedError(
-            "reproducible_copies needs to see every random operation, and a compiled model draws inside its kernels; "
-            "train without torch_compile or without reproducible_copies"
-        )
 
 
 def refuse_missing_decoder_inputs(trainer: Trainer, inputs: Any) -> None:
@@ -68,24 +65,67 @@ def refuse_missing_decoder_inputs(trainer: Trainer, inputs: Any) -> None:
         )
 
 
-def measured(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any, *, may_repeat: bool) -> LossForm | None:
+def measured(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any, rows: Rows) -> LossForm | None:
     """The form of the trainer's loss on this batch (`measure_loss`); model and generators are left as they were."""
-    start = rng_state()
+    with _asked(trainer, model) as loss_of, torch.no_grad():
+        return measure_loss(
+            lambda rows, num_items: loss_of(rows, num_items).detach().float(),
+            inputs,
+            num_items,
+            rows=rows,
+            total=lambda x: trainer.accelerator.reduce(x, "sum"),
+            may_ignore=_may_ignore(model),
+        )
 
-    def loss_of(rows: Any, num_items: Any, *, other_draws: bool = False) -> Tensor:
+
+def rows_of_loss(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any) -> Rows:
+    """What the trainer's loss does with its rows (`compare_rows`); model and generators are left as they were."""
+    weights = [p for p in trainer.accelerator.unwrap_model(model).parameters() if p.requires_grad]
+
+    def gradient(rows: Any, num_items: Any, *, other_draws: bool = False) -> list[Tensor | None]:
+        loss = loss_of(rows, num_items, other_draws)
+        if loss.grad_fn is None:
+            return [loss.detach(), *[None] * len(weights)]
+        return [loss.detach(), *torch.autograd.grad(loss, weights, allow_unused=True)]
+
+    with _asked(trainer, model) as loss_of:
+        gradients: list[list[Tensor | None]] = [[], [], []]  # which say nothing
+        try:
+            twice, over = take_copies(inputs, 2), None if num_items is None else 2 * num_items
+            with torch.enable_grad():
+                of_one = gradient(inputs, num_items)
+                gradients = [of_one, gradient(inputs, num_items, other_draws=True), gradient(twice, over)]
+        except UnrepeatableError:
+            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        one, under_other_draws, of_twice = gradients
+        return compare_rows(one, under_other_draws, of_twice, total=lambda x: trainer.accelerator.reduce(x, "sum"))
+
+
+@contextmanager
+def _asked(trainer: Trainer, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
+    """The trainer's loss of (rows, num_items) in eval mode, under the same draws at each call unless told others."""
+    start, bare = rng_state(), trainer.accelerator.unwrap_model(model)
+
+    def loss_of(rows: Any, num_items: Any, other_draws: bool = False) -> Tensor:
         if not other_draws:
             set_rng_state(start)
         with trainer.compute_loss_context_manager():
-            loss: Tensor = trainer.compute_loss(model, take_copies(rows, 1), num_items_in_batch=num_items)
-        return loss.detach().float()
-
-    def total(x: Tensor) -> Tensor:
-        summed: Tensor = trainer.accelerator.reduce(x, "sum")
-        return summed
+            loss: Tensor = trainer.compute_loss(bare, take_copies(rows, 1), num_items_in_batch=num_items)
+        return loss
 
     with undisturbed(model), torch.compiler.set_stance("force_eager"):
         model.eval()
-        return measure_loss(loss_of, inputs, num_items, may_repeat=may_repeat, total=total)
+        yield loss_of
+
+
+def _may_ignore(model: nn.Module) -> list[int]:
+    """Labels that a model's loss may pass over: by its settings, and 255 of segmentation."""
+    config = getattr(model, "config", None)
+    named = [getattr(config, name, None) for name in ("semantic_loss_ignore_index", "ignore_index", "pad_token_id")]
+    return [value for value in dict.fromkeys([*named, 255]) if isinstance(value, int) and value != IGNORE_INDEX]
 
 
 def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> CopyPlan:
@@ -97,12 +137,18 @@ def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> 
     num_copies = len(plan.copies)
     if num_copies == 1:
         return plan
-    if form.rows is Rows.SUMMED:
+    if form.rows is Rows.SUMMED and plan.copies_per_pass > 1:
         raise UnsupportedError(
             f"the loss is a sum over the rows of a batch, so {num_copies} copies would make the gradient {num_copies} "
             "times as large; return the mean over the rows, or divide the sum by num_items_in_batch"
         )
     alone = _why_alone(form, packed)
+    if form.rows is Rows.UNKNOWN and not packed and plan.copies_per_pass > 1 and form.divisor is not Divisor.BOTH:
+        unknown = "whether the rows of a batch act on each other in the loss has not shown yet"
+        if not plan.is_auto:
+            logger.warning("%s, and %d copies stand in a pass, as asked", unknown, plan.copies_per_pass)
+            return plan
+        return _only(plan, 1, f"{unknown}: one copy stands in a pass until it has")
     together = form.divisor is Divisor.BOTH
     if alone and together:
         raise UnsupportedError(f"{alone}; and {_TOGETHER}: no plan of {num_copies} copies is right for both")
@@ -159,7 +205,7 @@ def check_copies(trainer: Trainer, model: nn.Module, inputs: Any) -> None:
     rows = without_packing(inputs) if is_packed(inputs) else inputs
     try:
         take_copies(rows, 2)
-    except (TypeError, ValueError) as error:
+    except UnrepeatableError as error:
         logger.warning("the copies of a batch could not be compared, as it cannot be repeated: %s", error)
         return
 

@@ -1,6 +1,5 @@
 """Counters of a Trainer's run, kept with its state: samples met, instances seen, targets, and their rates."""
 
-import time
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -54,21 +53,14 @@ class BatchAugmentationCounters(TrainerCallback, ExportableState):
         self.seen_instances = self.seen_instances + num_copies * samples
         self.target_tokens = self.target_tokens + num_copies * targets
 
-    def logs(self, start_time: float | None, seconds: float | None) -> dict[str, float]:
-        """What a line of the log says: the counts, and samples per second since training started.
-
-        Args:
-            start_time: when training began, as of `time.time`, or
-            seconds: how long it has taken; where neither is known the rates are left out.
-        """
+    def logs(self, seconds: float | None) -> dict[str, float]:
+        """What a line of the log says: the counts, and where it is known how long training took, samples per second."""
         unique, seen = int(self.unique_samples), int(self.seen_instances)
         logs: dict[str, float] = {
             "unique_samples": unique,
             "seen_instances": seen,
             "target_tokens": int(self.target_tokens),
         }
-        if seconds is None and start_time is not None:
-            seconds = time.time() - start_time
         if seconds:
             logs["unique_samples_per_second"] = round((unique - self._unique_at_start) / seconds, 3)
             logs["seen_instances_per_second"] = round((seen - self._seen_at_start) / seconds, 3)

@@ -7,7 +7,7 @@ releases differ, so the loss itself is asked, once, on the first batch: in eval 
 random states put back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from seqba.loss import IGNORE_INDEX
-from seqba.trainer.batch import SAMPLES, SHIFTED_TARGETS, TARGETS, take_copies
+from seqba.repeat import count_samples
+from seqba.trainer.batch import SAMPLES, SHIFTED_TARGETS, TARGETS, count_items, take_rows
 
 _EXACT = 1e-5  # relative; the same numbers, divided by another power of two
-_SIMILAR = 2e-2  # relative; the same rows in another batch, in half precision
+_ALIKE = 1e-3  # relative; the same rows in another batch
+_SIMILAR = 2e-2  # the same in half precision
+_CUTS = 64  # of a batch, that are tried
 
 
 class Divisor(Enum):
@@ -31,12 +33,12 @@ class Divisor(Enum):
 
 
 class Rows(Enum):
-    """What the mean over rows becomes when every row is there twice."""
+    """What the gradient becomes when every row is there twice."""
 
     INDEPENDENT = "the same"
     SUMMED = "twice as large"
-    COMPARED = "another"  # rows are set against each other: in-batch negatives
-    UNKNOWN = "not seen"  # random in eval mode too
+    COMPARED = "another"  # rows are set against each other: in-batch negatives, pairs
+    UNKNOWN = "not seen"  # no gradient yet, random in eval mode too, or not looked at
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,21 @@ class LossForm:
     Attributes:
         divisor: what it divides by.
         rows: whether copies may stand in one pass.
-        target: what it counts as a target: SAMPLES, TARGETS or SHIFTED_TARGETS of `count_items`.
+        target: what its mean is over: SAMPLES, TARGETS or SHIFTED_TARGETS of `count_items`; None where that is not
+            certain, so that each batch counts alike, as under a plain Trainer.
+        ignored: a label beside -100 that is no target (255 of segmentation, a pad id), or None.
     """
 
     divisor: Divisor
     rows: Rows
-    target: int
+    target: int | None
+    ignored: int | None = None
 
 
 class LossOf(Protocol):
-    """The loss of some rows, as a number, under the same random draws at each call unless `other_draws`."""
+    """The loss of some rows, as a number, under the same random draws at each call."""
 
-    def __call__(self, rows: Any, num_items: Any, *, other_draws: bool = False) -> Tensor:
+    def __call__(self, rows: Any, num_items: Any) -> Tensor:
         """0-dim, on the device, without a gradient."""
 
 
@@ -66,38 +71,89 @@ def measure_loss(
     batch: Mapping[str, Any],
     num_items: Tensor | int | None,
     *,
-    may_repeat: bool,
+    rows: Rows,
     total: Callable[[Tensor], Tensor],
+    may_ignore: Sequence[int] = (),
 ) -> LossForm | None:
     """Find the form of a loss on one batch.
 
-    A loss that divides by `num_items_in_batch` halves when that is doubled; a mean over independent rows stays when
-    every row stands there twice; a loss that predicts the next token stays when the first label of a row is another.
+    A loss that divides by `num_items_in_batch` halves when that is doubled. What a mean is over shows where the batch
+    is cut in two: the means of the parts, weighted by what they hold of it, give the mean of the whole.
 
     Args:
-        loss_of: computes it.
+        loss_of: computes it; it is never given a label that the batch does not hold.
         batch: unrepeated.
         num_items: as the Trainer gives it; None where it gives none.
-        may_repeat: whether to look at rows that stand there twice; a batch that cannot be repeated is not.
+        rows: what `compare_rows` has found.
         total: sums a tensor over the ranks, so that all of them come to the same form.
+        may_ignore: labels that may be no targets.
 
     Returns:
         None where this batch says nothing (no targets, or a loss of zero).
     """
-    twice = _repeated(batch) if may_repeat else None
     doubled = None if num_items is None else 2 * num_items
     first = loss_of(batch, num_items)
-    losses = [
-        first,
-        loss_of(batch, num_items, other_draws=True),
-        first if doubled is None else loss_of(batch, doubled),
-        first if twice is None else loss_of(twice, doubled),
-    ]
-    loss, redrawn, over_doubled, of_twice = total(torch.stack(losses).nan_to_num(0.0, 0.0, 0.0)).tolist()
+    losses = [first, first if doubled is None else loss_of(batch, doubled)]
+    loss, over_doubled = total(torch.stack(losses).nan_to_num(0.0, 0.0, 0.0)).tolist()
     if loss == 0:
         return None
-    rows = Rows.UNKNOWN if _differ(loss, redrawn, _EXACT) else _rows(loss, of_twice)
-    return LossForm(_divisor(loss, over_doubled, num_items), rows, _target(loss_of, batch, num_items, total))
+    divisor = _divisor(loss, over_doubled, num_items)
+    guess = _target(loss_of, batch, num_items, total)
+    if divisor is not Divisor.PASS:
+        return LossForm(divisor, rows, guess)
+    return LossForm(divisor, rows, *_mean_over(loss_of, batch, guess, may_ignore, total))
+
+
+def compare_rows(
+    one: Sequence[Tensor | None],
+    under_other_draws: Sequence[Tensor | None],
+    of_twice: Sequence[Tensor | None],
+    *,
+    total: Callable[[Tensor], Tensor],
+) -> Rows:
+    """What a loss does with its rows, by its gradient over a batch and over the batch in which each row is there twice.
+
+    Each argument is the loss and the gradients. Neither tells alone: at its start a loss over pairs is log 2 whatever
+    stands in them, and equal siblings among the negatives move a loss by a constant.
+    """
+    if not one:
+        return Rows.UNKNOWN
+    by_value, by_gradient = (
+        _compare(*parts, total=total)
+        for parts in ((one[:1], under_other_draws[:1], of_twice[:1]), (one[1:], under_other_draws[1:], of_twice[1:]))
+    )
+    if by_gradient is Rows.UNKNOWN or by_value is by_gradient or by_value is Rows.UNKNOWN:
+        return by_gradient
+    return Rows.COMPARED
+
+
+def _compare(
+    gradient: Sequence[Tensor | None],
+    under_other_draws: Sequence[Tensor | None],
+    of_twice: Sequence[Tensor | None],
+    *,
+    total: Callable[[Tensor], Tensor],
+) -> Rows:
+    found = [_distances(*tensors) for tensors in zip(gradient, under_other_draws, of_twice, strict=True)]
+    distances = torch.stack(found).sum(0) if found else torch.zeros(4, dtype=torch.float64)
+    size, redrawn, from_one, from_two = total(distances.nan_to_num(0.0, 0.0, 0.0)).tolist()
+    half = any(a is not None and a.dtype in (torch.float16, torch.bfloat16) for a in gradient)
+    half = half or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    tolerance = (_SIMILAR if half else _ALIKE) ** 2 * size
+    if size == 0 or redrawn > tolerance:
+        return Rows.UNKNOWN
+    if from_one <= tolerance:
+        return Rows.INDEPENDENT
+    return Rows.SUMMED if from_two <= 4 * tolerance else Rows.COMPARED
+
+
+def _distances(a: Tensor | None, redrawn: Tensor | None, twice: Tensor | None) -> Tensor:
+    """The squared size of a gradient, and its squared distances from another, from that of twice the rows, its half."""
+    present = next((x for x in (a, redrawn, twice) if x is not None), None)
+    if present is None:
+        return torch.zeros(4, dtype=torch.float64)
+    one, other, two = (torch.zeros_like(present) if x is None else x for x in (a, redrawn, twice))
+    return torch.stack([x.double().square().sum() for x in (one, other - one, two - one, two - 2 * one)]).cpu()
 
 
 def part_of_update(loss: Tensor, items: Tensor, all_items: Tensor, num_ranks: int) -> Tensor:
@@ -114,11 +170,38 @@ def part_of_update(loss: Tensor, items: Tensor, all_items: Tensor, num_ranks: in
     return torch.where(items > 0, loss / share, torch.zeros_like(loss))
 
 
-def _repeated(batch: Mapping[str, Any]) -> Any:
+def _mean_over(
+    loss_of: LossOf, batch: Mapping[str, Any], guess: int, may_ignore: Sequence[int], total: Callable[[Tensor], Tensor]
+) -> tuple[int | None, int | None]:
+    """What a mean is over, and the label that is no target; None where no weights make the whole of its parts.
+
+    The cut is the one whose parts differ most in what they hold.
+    """
+    size = count_samples(batch) or 0
     try:
-        return take_copies(batch, 2)
+        cuts = [(take_rows(batch, 0, n), take_rows(batch, n, size)) for n in range(1, min(size, _CUTS + 1))]
     except (TypeError, ValueError):
-        return None
+        return None, None
+    if not cuts:  # a batch of one sample
+        return guess, None
+    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
+    labels = batch.get("labels")
+    held = [v for v in may_ignore if isinstance(labels, Tensor) and bool((labels == v).any())]
+    kinds = dict.fromkeys((guess, TARGETS, SHIFTED_TARGETS, SAMPLES))
+    forms = [(kind, ignored) for ignored in (None, *held) for kind in kinds]
+    shares = [[_share(*cut, device, *form) for form in forms] for cut in cuts]
+    best = max(range(len(cuts)), key=lambda i: max(shares[i]) - min(shares[i]))
+    losses = torch.stack([loss_of(rows, None) for rows in (batch, *cuts[best])])
+    whole, one, other = losses.double().nan_to_num(0.0, 0.0, 0.0).unbind()
+    mixed = torch.stack([share * one + (1 - share) * other for share in map(losses.new_tensor, shares[best])])
+    away = total(((mixed - whole).abs() > _ALIKE * whole.abs()).double()).tolist()  # on how many ranks it does not fit
+    return next((form for form, ranks in zip(forms, away, strict=True) if ranks == 0), (None, None))
+
+
+def _share(one: Any, other: Any, device: torch.device, kind: int, ignored: int | None) -> float:
+    """What the first part of a batch holds of it."""
+    here, there = (float(count_items(rows, device, ignored)[kind]) for rows in (one, other))
+    return here / max(1.0, here + there)
 
 
 def _divisor(loss: float, over_doubled: float, num_items: Any) -> Divisor:
@@ -127,28 +210,27 @@ def _divisor(loss: float, over_doubled: float, num_items: Any) -> Divisor:
     return Divisor.BOTH if _differ(loss / 2, over_doubled, _EXACT) else Divisor.UPDATE
 
 
-def _rows(loss: float, of_twice: float) -> Rows:
-    if not _differ(loss, of_twice, _SIMILAR):
-        return Rows.INDEPENDENT
-    return Rows.COMPARED if _differ(2 * loss, of_twice, _SIMILAR) else Rows.SUMMED
-
-
 def _target(loss_of: LossOf, batch: Mapping[str, Any], num_items: Any, total: Callable[[Tensor], Tensor]) -> int:
-    """What the loss counts as a target: samples, where it does not look at the labels.
+    """What the loss counts as a target, by the labels that it looks at: samples, where it looks at none.
 
-    Every label is changed where it stands: one that counts is ignored, one that is ignored counts.
+    Labels change places: along the words where they stand beside these, else among the samples.
     """
-    labels = batch.get("labels")
+    labels, words = batch.get("labels"), batch.get("input_ids")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2 or "shift_labels" in batch:
         return TARGETS
-    changed = torch.where(labels == IGNORE_INDEX, labels.max(), IGNORE_INDEX)
+    changed = labels.roll(1, -1 if isinstance(words, Tensor) and words.shape == labels.shape else 0)
     first = torch.cat([changed[..., :1], labels[..., 1:]], dim=-1)
     others = torch.cat([labels[..., :1], changed[..., 1:]], dim=-1)
-    losses = torch.stack([loss_of({**batch, "labels": x}, num_items) for x in (labels, first, others)])
-    loss, of_first, of_others = total(losses.nan_to_num(0.0, 0.0, 0.0)).tolist()
-    if _differ(loss, of_first, _EXACT):
+    asked = [loss_of({**batch, "labels": x}, num_items).double() for x in (labels, labels, first, others)]
+    loss, again, of_first, of_others = torch.stack(asked).nan_to_num(0.0, 0.0, 0.0).unbind()
+    # what is not looked at moves no bit, what is may move few: new models give all labels nearly the same loss
+    noise = 2 * (again - loss).abs()
+    looked = torch.stack([((x - loss).abs() > noise).double() for x in (of_first, of_others)])
+    moved = torch.tensor([not torch.equal(x, labels) for x in (first, others)]).to(looked)
+    first_counts, others_count, first_moved, others_moved = total(torch.cat([looked, moved])).tolist()
+    if first_counts or not (first_moved and others_moved):
         return TARGETS
-    return SHIFTED_TARGETS if _differ(loss, of_others, _EXACT) else SAMPLES
+    return SHIFTED_TARGETS if others_count else SAMPLES
 
 
 def _differ(a: float, b: float, tolerance: float) -> bool:

@@ -1,8 +1,9 @@
 """The mixin that repeats training batches inside the step of any Trainer, and what it makes of transformers' own."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,29 @@ from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArgum
 from seqba.arguments import choose_arguments
 from seqba.groups import CopyGroup
 from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
-from seqba.trainer.batch import SAMPLES, TARGETS, UpdateItems, count_items, is_packed, take_copies, transformed
-from seqba.trainer.checks import check_copies, measured, plan_for, refuse_missing_decoder_inputs, refuse_unsupported
+from seqba.trainer.batch import (
+    SAMPLES,
+    TARGETS,
+    UnrepeatableError,
+    UpdateItems,
+    count_items,
+    is_packed,
+    take_copies,
+    transformed,
+)
+from seqba.trainer.checks import (
+    check_copies,
+    measured,
+    plan_for,
+    refuse_missing_decoder_inputs,
+    refuse_unsupported,
+    rows_of_loss,
+)
 from seqba.trainer.counters import BatchAugmentationCounters
 from seqba.trainer.loss import Divisor, LossForm, Rows, part_of_update
 from seqba.trainer.state import OrderOfEpoch, generators_of_rank, replaced, snapshot, wrap_again
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -33,18 +52,27 @@ class _Run:
     """What a call of `train` finds out on its way."""
 
     loop: PassLoop
+    asked: CopyPlan
     batch_size: int
     form: LossForm | None = None
     packed: bool = False
     has_audited: bool = False
     items: UpdateItems | None = None
+    updates: int = 0
+
+    @property
+    def looks_at_rows(self) -> bool:
+        """Whether to look at what the loss does with its rows: at updates 1, 2 and 10, and until it has shown."""
+        unknown = self.form is not None and self.form.rows is Rows.UNKNOWN
+        return self.updates in (0, 1, 9) or (unknown and self.updates + 1 in (100, 1_000, 10_000))
 
 
 class BatchAugmentationMixin(_TrainerBase):
     """Repeats every training batch of a Trainer M times inside the step, with one denominator for all copies.
 
-    It goes in front of a Trainer class: `class MySFT(BatchAugmentationMixin, SFTTrainer)`. Overridden `compute_loss`
-    and `training_step`, below or above it, are called once a pass, with the rows of that pass.
+    It goes in front of a Trainer class: `class MySFT(BatchAugmentationMixin, SFTTrainer)`. An overridden `compute_loss`
+    is called once a pass, with the rows of that pass; so is a `training_step` of the class behind it. A `training_step`
+    of a class that inherits from this one is called once a batch, and must call `super().training_step`.
 
     Args:
         *args, **kwargs: the Trainer's own.
@@ -87,23 +115,27 @@ class BatchAugmentationMixin(_TrainerBase):
             allow_identical_copies=allow_identical_copies,
         )
         super().__init__(*args, **kwargs)
-        refuse_unsupported(self, arguments.reproducible_copies)
+        refuse_unsupported(self)
         self._ba_setup(arguments, transform)
 
     @property
     def counters(self) -> BatchAugmentationCounters:
-        """Samples met, instances seen, targets, of the whole run."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, BatchAugmentationCounters))
+        """Samples met, instances seen, targets, of the whole run; without its callback a resumed run counts anew."""
+        callbacks = self.callback_handler.callbacks  # a resumed run has one of its own
+        return next((c for c in callbacks if isinstance(c, BatchAugmentationCounters)), self._ba_counters)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; what an earlier call found out about model and loss is found out again."""
         self._ba_run = self._ba_new_run()
         wrap_again(self)
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        self._ba_check_passes()
+        return result
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """The batches of an update, as the Trainer's, with their samples and targets counted."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._ba_check_passes()
         if batches:
             self._ba_run.items = self._ba_count(batches)
         return batches, num_items
@@ -116,6 +148,7 @@ class BatchAugmentationMixin(_TrainerBase):
         batch, of = items.done, len(items.batches)
         items.done += 1
         self._ba_look_at(model, inputs, num_items_in_batch)
+        items = self._ba_run.items or items  # counted anew, where the look has found what a target is
 
         update = self.state.global_step + 1
 
@@ -131,18 +164,24 @@ class BatchAugmentationMixin(_TrainerBase):
                 return self.compute_loss(model, rows, num_items_in_batch=self._ba_num_items(num_items_in_batch))
 
         with self._ba_generators(run.loop.group.shard(batch, of)):
-            loss = run.loop.run(
-                model, [inputs], run_pass, loss_of, update=update, first=batch, of=of, try_first=items.try_first
-            )
+            options = {"update": update, "first": batch, "of": of, "try_first": items.try_first}
+            try:
+                loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
+            except UnrepeatableError as error:  # before anything was done
+                if not run.asked.is_auto:
+                    raise
+                logger.warning("%s: from here on one copy stands in a pass", error)
+                run.asked = run.loop.plan = CopyPlan(run.asked.copies, 1)
+                run.loop.measures = False
+                loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
         if items.done == of:
             self._ba_finish(items)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; lines about training also say what was met and seen, and how fast."""
+        """As the Trainer's; lines about training also say what was met and seen, the last one how fast."""
         if "learning_rate" in logs or "train_runtime" in logs:
-            start_time = args[0] if args else kwargs.get("start_time")
-            logs.update(self.counters.logs(start_time, logs.get("train_runtime")))
+            logs.update(self.counters.logs(logs.get("train_runtime")))
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,33 +196,36 @@ class BatchAugmentationMixin(_TrainerBase):
     def _ba_setup(self, arguments: BatchAugmentationArguments, transform: Callable[..., Tensor] | None) -> None:
         self.ba_args, self._ba_transform = arguments, transform
         self._ba_run = self._ba_new_run()
-        self.add_callback(BatchAugmentationCounters())
+        self._ba_counters = BatchAugmentationCounters()
+        self.add_callback(self._ba_counters)
 
     def _ba_new_run(self) -> _Run:
         group = CopyGroup.of(self.accelerator, self.ba_args.ba_m)
         seed = self.args.seed if self.ba_args.reproducible_copies else None
         plan = CopyPlan(group.copies, self.ba_args.copies_per_pass)
         loop = PassLoop(self.accelerator, plan, group, copy_seed=seed, carried=[lambda: snapshot(self)])
-        return _Run(loop, self._train_batch_size)
+        return _Run(loop, plan, self._train_batch_size)
 
-    def _ba_count(self, batches: list[Mapping[str, Any]]) -> UpdateItems:
+    def _ba_count(self, batches: Sequence[Mapping[str, Any]]) -> UpdateItems:
         run, device = self._ba_run, self.args.device
         if run.batch_size != self._train_batch_size:  # `auto_find_batch_size` begins anew with smaller batches
             self._ba_run = run = self._ba_new_run()
         if run.form is None and self.counters.copies_per_pass:  # of the checkpoint that is resumed
             run.loop.plan.load_state_dict({"copies_per_pass": self.counters.copies_per_pass})
-        counts = [count_items(batch, device) for batch in batches]
+        ignored = None if run.form is None else run.form.ignored
+        counts = [count_items(batch, device, ignored) for batch in batches]
+        source = batches if run.form is None else ()
         total = torch.stack(counts).sum(0)
         repeats = self.ba_args.ba_m > 1
         packed = repeats and any(is_packed(batch) for batch in batches)
         if self.accelerator.num_processes == 1:
-            return UpdateItems(counts, total, total, packed=packed)
+            return UpdateItems(counts, total, total, packed=packed, source=source)
         flags = torch.tensor([run.loop.must_try(batches), packed], device=device)
         counted = total * int(run.loop.group.counts_samples)  # a group's batch once
         met = self.accelerator.reduce(torch.cat([counted, flags.to(total)]), "sum")
         larger, packed = (flag > 0 for flag in met[3:].tolist()) if repeats else (False, False)
         everywhere = self.args.average_tokens_across_devices
-        return UpdateItems(counts, met[:3] if everywhere else total, met[:3], larger, packed)
+        return UpdateItems(counts, met[:3] if everywhere else total, met[:3], larger, packed, source=source)
 
     def _ba_items_of(self, inputs: Any) -> UpdateItems:
         """The update that a batch belongs to: one of its own where the step is called outside of `train`."""
@@ -198,31 +240,51 @@ class BatchAugmentationMixin(_TrainerBase):
         """Find the loss's form on the first batch, choose the plan by it, and refuse copies that would be identical."""
         run, items = self._ba_run, self._ba_run.items
         assert items is not None
-        is_new = run.form is None or (items.packed and not run.packed)
+        is_first, is_packed_now = run.form is None, items.packed and not run.packed
+        looks = self.ba_args.ba_m > 1 and run.looks_at_rows and items.done == 1
         run.packed = run.packed or items.packed
-        put_back = snapshot(self) if is_new else lambda: None
-        if run.form is None:
+        put_back = snapshot(self) if is_first or is_packed_now or looks else lambda: None
+        if is_first:
             refuse_missing_decoder_inputs(self, inputs)
-            may_repeat = self.ba_args.ba_m > 1 and not run.packed
-            run.form = measured(self, model, inputs, num_items, may_repeat=may_repeat)
-        if is_new and run.form is not None:
-            run.loop.plan = plan_for(self, run.loop.plan, run.form, run.packed)
+        before = run.form
+        if is_first or looks:
+            asks = self.ba_args.ba_m > 1 and not run.packed and run.asked.copies_per_pass > 1
+            rows = rows_of_loss(self, model, inputs, num_items) if asks else Rows.UNKNOWN
+            if is_first:
+                run.form = measured(self, model, inputs, num_items, rows)
+            elif run.form is not None and rows is not Rows.UNKNOWN:
+                run.form = replace(run.form, rows=rows)
+        if run.form is not None and (run.form != before or is_packed_now):
+            run.loop.plan = plan_for(self, run.asked, run.form, run.packed)
             run.loop.measures = run.loop.measures and not run.packed and run.form.rows is not Rows.COMPARED
             run.loop.compares = run.form.divisor is not Divisor.BOTH
+            if run.form.ignored is not None and items.source:
+                run.items = replace(self._ba_count(items.source), done=items.done)
         if self.ba_args.ba_m > 1 and not run.has_audited and not self.ba_args.allow_identical_copies:
             if not self._ba_parts_copies(inputs):
                 check_copies(self, model, inputs)
             run.has_audited = True
         put_back()
 
+    def _ba_check_passes(self) -> None:
+        """Refuse to go on where a `training_step` did not do the passes of its batches."""
+        items = self._ba_run.items
+        if items is not None and items.done < len(items.batches):
+            raise RuntimeError(
+                f"{items.done} of {len(items.batches)} batches of an update went through the training_step that "
+                f"repeats them; {type(self).__name__}.training_step must call super().training_step for each of them"
+            )
+
     def _ba_finish(self, items: UpdateItems) -> None:
+        self._ba_run.updates += 1
         self.counters.add(items.met[SAMPLES], items.met[self._ba_target], self.ba_args.ba_m)
         self.counters.copies_per_pass = self._ba_run.loop.plan.copies_per_pass
 
     @property
     def _ba_target(self) -> int:
-        """What the loss counts as a target; labels, until a batch that has some has told."""
-        return self._ba_run.form.target if self._ba_run.form is not None else TARGETS
+        """What the loss counts as a target; labels, until a batch that has some has told, and where none did."""
+        form = self._ba_run.form
+        return TARGETS if form is None or form.target is None else form.target
 
     # ---- a pass
 
@@ -252,7 +314,7 @@ class BatchAugmentationMixin(_TrainerBase):
         if num_items is None or form is None or form.divisor is Divisor.PASS:
             return None
         assert self._ba_run.items is not None
-        targets = self._ba_run.items.all[form.target]
+        targets = self._ba_run.items.all[self._ba_target]
         return self.ba_args.ba_m * targets.clamp(min=1)
 
     def _ba_generators(self, shard: int) -> AbstractContextManager[None]:
@@ -268,24 +330,34 @@ class BatchAugmentationMixin(_TrainerBase):
         It stands in front of whatever `compute_loss` the trainer has, overridden above this class or below it.
         """
         form, items = self._ba_run.form, self._ba_run.items
-        if form is not None and form.divisor is Divisor.BOTH:
+        is_mean = form is None or form.divisor is Divisor.PASS
+        is_uncertain = is_mean and form is not None and form.target is None
+        is_scaled = is_mean and self.loss_is_scaled_for_ga is True
+        num_copies_all = self.ba_args.ba_m
+        if (form is not None and form.divisor is Divisor.BOTH) or (num_copies_all == 1 and (is_uncertain or is_scaled)):
             yield
             return
         assert items is not None
         here = num_copies * items.batches[batch][self._ba_target]
-        everywhere = self.ba_args.ba_m * items.all[self._ba_target]
+        everywhere = num_copies_all * items.all[self._ba_target]
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        compute_loss = self.compute_loss
+        compute_loss, share = self.compute_loss, num_copies / num_copies_all
+        if is_uncertain and not is_scaled:
+            share /= len(items.batches)  # each batch alike
+
+        def part(loss: Tensor) -> Tensor:
+            if not is_mean:
+                return loss
+            return loss * share if is_uncertain or is_scaled else part_of_update(loss, here, everywhere, ranks)
 
         def weighted(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
-            if form is not None and form.divisor is Divisor.UPDATE:
-                return result
-            if isinstance(result, tuple):
-                return (part_of_update(result[0], here, everywhere, ranks), *result[1:])
-            return part_of_update(result, here, everywhere, ranks)
+            return (part(result[0]), *result[1:]) if isinstance(result, tuple) else part(result)
 
-        with replaced(self, "compute_loss", weighted), replaced(self, "current_gradient_accumulation_steps", 1):
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self, "compute_loss", weighted))
+            if not is_scaled:  # such a loss may divide by it itself
+                stack.enter_context(replaced(self, "current_gradient_accumulation_steps", 1))
             yield
 
 
@@ -330,7 +402,7 @@ def augment(
         reproducible_copies=reproducible_copies,
         allow_identical_copies=allow_identical_copies,
     )
-    refuse_unsupported(trainer, arguments.reproducible_copies)
+    refuse_unsupported(trainer)
     plain = type(trainer)
     trainer.__class__ = type(f"BatchAugmentation{plain.__name__}", (BatchAugmentationMixin, plain), {})
     trainer._ba_setup(arguments, transform)
