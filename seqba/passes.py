@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seqba.context import copies_of_pass
 from seqba.draws.measure import Snapshot, measure_draws
-from seqba.draws.measured import DrawAxes, UnmeasuredError
+from seqba.draws.measured import HALF, DrawAxes, UnmeasuredError
 from seqba.draws.streams import copy_streams
 from seqba.groups import CopyGroup
 from seqba.repeat import largest_tensor
@@ -212,6 +212,7 @@ class PassLoop:
                 batch=one.batch,
                 known=self._axes,
                 compare=self.compares and len(copies) > 1,
+                rounding=None if self.accelerator.mixed_precision == "no" else HALF,
                 carried=self.carried,
             )
         except RuntimeError as error:

@@ -243,12 +243,15 @@ def test_a_batch_without_targets_adds_nothing(family, where, tmp_path):
     check_plans(tmp_path, model, data, want, settings=ACCUMULATED)
 
 
-def test_a_loss_that_is_a_sum_over_rows_is_refused_with_copies(tmp_path):
+def test_a_loss_that_is_a_sum_over_rows_runs_one_copy_a_pass(tmp_path):
     def summed(outputs, labels, num_items_in_batch=None):
         return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
-    model = FAMILIES["bart"](dropout=0.0)
-    with pytest.raises(ValueError, match="a sum over the rows of a batch, so 3 copies would make the gradient 3 times"):
-        trainer_gradients(
-            tmp_path, model, Samples("bart", 3), collator=Pad(model), compute_loss_func=summed, ba_m=3, **IDENTICAL
-        )
+    model, data = FAMILIES["bart"](dropout=0.0), Samples("bart", 3)
+    options = {"collator": Pad(model), "compute_loss_func": summed}
+    (want,) = trainer_gradients(tmp_path, model, data, trainer_class=Trainer, **options)
+    for ba_m in (1, 3):
+        (got,) = trainer_gradients(tmp_path, model, data, ba_m=ba_m, **options, **IDENTICAL)
+        assert_close(got, want, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the loss is a sum over the rows of a batch.*set copies_per_pass=1"):
+        trainer_gradients(tmp_path, model, data, ba_m=3, copies_per_pass=3, **options, **IDENTICAL)

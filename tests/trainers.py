@@ -207,9 +207,8 @@ def make(
         args=arguments(folder, **(settings or {})),
         train_dataset=data if data is not None else Samples("llama", 7),
         eval_dataset=Samples("llama", 10, seed=1),
-        data_collator=Pad(),
         callbacks=list(callbacks),
-        **options,
+        **{"data_collator": Pad(), **options},
     )
 
 

@@ -43,6 +43,7 @@ def measure_draws(
     batch: int = 0,
     known: DrawAxes | None = None,
     compare: bool = True,
+    rounding: float | None = None,
     carried: Sequence[Snapshot] = (),
 ) -> DrawAxes:
     """Find out which axis of each draw is the copies', and whether a fused pass is its copies alone.
@@ -60,6 +61,7 @@ def measure_draws(
         seed, update, shard, batch: as of `copy_streams`.
         known: what an earlier look has found; it is added to.
         compare: whether the fused pass is set against the copies alone.
+        rounding: what it may move, relatively; by default by the type of what comes out, and autocast.
         carried: snapshots of what else a pass changes.
 
     Returns:
@@ -116,7 +118,7 @@ def measure_draws(
             after_one = buffers_of(model)
             reset(state=False)
             _, again = look((first,), shared=True)
-            refuse_state(model, (of_one, after_one), (again, buffers_of(model)))
+            refuse_state(model, (of_one, after_one), (again, buffers_of(model)), rounding)
             reset()
             twice, of_two = look((first, second), alone, shared=True)
             compare_counts(alone, twice)
@@ -129,7 +131,7 @@ def measure_draws(
                 compare_counts(one, both)
                 compare_counts(other, both)
                 compare_shapes(one, other, both, twice.axes)
-                if not (add_up(of_one, of_one, of_two) and add_up(a, b, fused)):
+                if not (add_up(of_one, of_one, of_two, rounding) and add_up(a, b, fused, rounding)):
                     reset()
                     parts = outputs((first,)), outputs((second,))
                     reset()

@@ -25,6 +25,7 @@ from seqba.modules.ghost_batch_norm import GhostBatchNorm2d
 from seqba.snapshot import model_snapshot
 
 SHARED = -1  # in place of an axis
+HALF = 5e-3  # what rounding to 8 or 11 bits moves in a loss, relatively
 _OUTSIDE = "train without reproducible copies"
 
 
@@ -177,13 +178,13 @@ def _times(draws: Counter[str]) -> str:
 # ---- what a pass gives, in numbers that can be set against each other
 
 
-def add_up(one: Any, other: Any, both: Any) -> bool:
+def add_up(one: Any, other: Any, both: Any, rounding: float | None) -> bool:
     """Whether what a pass over two copies gives is what the copies alone give, but for rounding."""
-    (a, tolerance), (b, _), (c, _) = _size_of(one), _size_of(other), _size_of(both)
+    (a, tolerance), (b, _), (c, _) = (_size_of(x, rounding) for x in (one, other, both))
     return abs(c - a - b) <= 4 * tolerance
 
 
-def _size_of(output: Any) -> tuple[float, float]:
+def _size_of(output: Any, rounding: float | None) -> tuple[float, float]:
     """A number that adds up over the rows of an output, and what rounding may move in it."""
     total, tolerance = 0.0, 0.0
     for leaf in tree_leaves(output):
@@ -191,7 +192,7 @@ def _size_of(output: Any) -> tuple[float, float]:
             numbers = leaf.detach().double().nan_to_num(0.0, 0.0, 0.0)
             own = numbers if leaf.ndim == 0 else numbers.square().sum() + numbers.abs().sum()
             total += float(own)
-            tolerance += abs(float(own)) * _rounding(leaf.dtype)
+            tolerance += abs(float(own)) * (rounding or _rounding(leaf.dtype))
     return total, tolerance
 
 
@@ -208,7 +209,9 @@ def buffers_of(model: nn.Module) -> Buffers:
     }
 
 
-def refuse_state(model: nn.Module, first: tuple[Any, Buffers], second: tuple[Any, Buffers]) -> None:
+def refuse_state(
+    model: nn.Module, first: tuple[Any, Buffers], second: tuple[Any, Buffers], rounding: float | None
+) -> None:
     """Refuse a model in which a pass differs from the pass before it, under the same draws; of each output and buffers.
 
     Raises:
@@ -221,7 +224,7 @@ def refuse_state(model: nn.Module, first: tuple[Any, Buffers], second: tuple[Any
             f"{moved[0]} is moved by every pass, so that it depends on how many passes an update has (spectral norm, "
             f"averages of its own); switch it off, or {_OUTSIDE}"
         )
-    (size, tolerance), (repeated, _) = _size_of(output), _size_of(again)
+    (size, tolerance), (repeated, _) = _size_of(output, rounding), _size_of(again, rounding)
     if abs(size - repeated) > tolerance:
         raise StreamError(
             f"two passes of {type(model).__name__} from the same seed differ: it seeds torch itself (torch.seed()), "
@@ -233,7 +236,7 @@ def refuse_state(model: nn.Module, first: tuple[Any, Buffers], second: tuple[Any
 def _rounding(dtype: torch.dtype) -> float:
     """Of what a network computes by matrix products in a type, relatively; autocast and TF32 compute in fewer bits."""
     if dtype in (torch.bfloat16, torch.float16) or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        return 2e-2
+        return HALF
     if dtype == torch.float32 and torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32:
         return 2e-3
     return 2e-5 if dtype == torch.float32 else 1e-9

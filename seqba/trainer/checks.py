@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from seqba.errors import UnsupportedError
 from seqba.loss import IGNORE_INDEX
 from seqba.passes import CopyPlan, is_out_of_memory
 from seqba.trainer.batch import UnrepeatableError, is_packed, take_copies, without_packing
-from seqba.trainer.loss import Divisor, LossForm, Rows, compare_rows, measure_loss
+from seqba.trainer.loss import ALIKE, SIMILAR, Divisor, LossForm, Rows, compare_rows, measure_loss
 
 logger = logging.getLogger(__name__)
 
@@ -67,58 +67,86 @@ def refuse_missing_decoder_inputs(trainer: Trainer, inputs: Any) -> None:
 
 def measured(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any, rows: Rows) -> LossForm | None:
     """The form of the trainer's loss on this batch (`measure_loss`); model and generators are left as they were."""
-    with _asked(trainer, model) as loss_of, torch.no_grad():
+    with _asked(trainer, model) as asked:
         return measure_loss(
-            lambda rows, num_items: loss_of(rows, num_items).detach().float(),
+            lambda rows, num_items: asked.loss(rows, num_items).detach().float(),
+            asked.shadow,
             inputs,
             num_items,
             rows=rows,
-            total=lambda x: trainer.accelerator.reduce(x, "sum"),
+            total=asked.total,
             may_ignore=_may_ignore(model),
+            tolerance=asked.tolerance,
         )
 
 
 def rows_of_loss(trainer: Trainer, model: nn.Module, inputs: Any, num_items: Any) -> Rows:
     """What the trainer's loss does with its rows (`compare_rows`); model and generators are left as they were."""
-    weights = [p for p in trainer.accelerator.unwrap_model(model).parameters() if p.requires_grad]
-
-    def gradient(rows: Any, num_items: Any, *, other_draws: bool = False) -> list[Tensor | None]:
-        loss = loss_of(rows, num_items, other_draws)
-        if loss.grad_fn is None:
-            return [loss.detach(), *[None] * len(weights)]
-        return [loss.detach(), *torch.autograd.grad(loss, weights, allow_unused=True)]
-
-    with _asked(trainer, model) as loss_of:
-        gradients: list[list[Tensor | None]] = [[], [], []]  # which say nothing
+    with _asked(trainer, model) as asked:
+        found: list[list[Tensor | None]] = [[], [], []]  # which say nothing
         try:
             twice, over = take_copies(inputs, 2), None if num_items is None else 2 * num_items
-            with torch.enable_grad():
-                of_one = gradient(inputs, num_items)
-                gradients = [of_one, gradient(inputs, num_items, other_draws=True), gradient(twice, over)]
+            of_one, redrawn = (asked.gradient(inputs, num_items, other_draws=other) for other in (False, True))
+            found = [of_one, redrawn, asked.gradient(twice, over)]
         except UnrepeatableError:
             pass
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        one, under_other_draws, of_twice = gradients
-        return compare_rows(one, under_other_draws, of_twice, total=lambda x: trainer.accelerator.reduce(x, "sum"))
+        one, under_other_draws, of_twice = found
+        return compare_rows(one, under_other_draws, of_twice, total=asked.total, tolerance=asked.tolerance)
+
+
+class _Asked:
+    """A trainer's loss, and its gradient, under the same draws at each call."""
+
+    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
+        self.trainer, self.model, self.start = trainer, trainer.accelerator.unwrap_model(model), rng_state()
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.weights)
+        self.tolerance = SIMILAR if half or trainer.accelerator.mixed_precision != "no" else ALIKE
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        summed: Tensor = self.trainer.accelerator.reduce(x, "sum")
+        return summed
+
+    def loss(self, rows: Any, num_items: Any, *, other_draws: bool = False) -> Tensor:
+        """0-dim."""
+        if not other_draws:
+            set_rng_state(self.start)
+        with self.trainer.compute_loss_context_manager():
+            loss: Tensor = self.trainer.compute_loss(self.model, take_copies(rows, 1), num_items_in_batch=num_items)
+        return loss
+
+    def gradient(self, rows: Any, num_items: Any, *, other_draws: bool = False) -> list[Tensor | None]:
+        """The loss, and its gradient to each weight."""
+        with torch.enable_grad():
+            loss = self.loss(rows, num_items, other_draws=other_draws)
+            if loss.grad_fn is None:
+                return [loss.detach(), *[None] * len(self.weights)]
+            return [loss.detach(), *torch.autograd.grad(loss, self.weights, allow_unused=True)]
+
+    def shadow(self, rows: Any, num_items: Any) -> Tensor:
+        """The loss, and its gradient's products with four fixed random directions."""
+        loss, *gradient = self.gradient(rows, num_items)
+        assert loss is not None
+        products = torch.zeros(4, dtype=torch.float64)
+        for place, x in enumerate(gradient):
+            if x is not None:
+                generator = torch.Generator(x.device).manual_seed(place)
+                for i in range(len(products)):
+                    direction = torch.randn(x.shape, generator=generator, device=x.device)
+                    products[i] += float((x.float() * direction).sum())
+        return torch.cat([loss.double().view(1), products.to(loss.device)])
 
 
 @contextmanager
-def _asked(trainer: Trainer, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
-    """The trainer's loss of (rows, num_items) in eval mode, under the same draws at each call unless told others."""
-    start, bare = rng_state(), trainer.accelerator.unwrap_model(model)
-
-    def loss_of(rows: Any, num_items: Any, other_draws: bool = False) -> Tensor:
-        if not other_draws:
-            set_rng_state(start)
-        with trainer.compute_loss_context_manager():
-            loss: Tensor = trainer.compute_loss(bare, take_copies(rows, 1), num_items_in_batch=num_items)
-        return loss
-
+def _asked(trainer: Trainer, model: nn.Module) -> Iterator[_Asked]:
+    """The trainer's loss in eval mode."""
     with undisturbed(model), torch.compiler.set_stance("force_eager"):
         model.eval()
-        yield loss_of
+        yield _Asked(trainer, model)
 
 
 def _may_ignore(model: nn.Module) -> list[int]:
@@ -137,11 +165,6 @@ def plan_for(trainer: Trainer, plan: CopyPlan, form: LossForm, packed: bool) -> 
     num_copies = len(plan.copies)
     if num_copies == 1:
         return plan
-    if form.rows is Rows.SUMMED and plan.copies_per_pass > 1:
-        raise UnsupportedError(
-            f"the loss is a sum over the rows of a batch, so {num_copies} copies would make the gradient {num_copies} "
-            "times as large; return the mean over the rows, or divide the sum by num_items_in_batch"
-        )
     alone = _why_alone(form, packed)
     if form.rows is Rows.UNKNOWN and not packed and plan.copies_per_pass > 1 and form.divisor is not Divisor.BOTH:
         unknown = "whether the rows of a batch act on each other in the loss has not shown yet"
@@ -178,6 +201,8 @@ _TOGETHER = "a part of the loss does not divide by num_items_in_batch (an auxili
 def _why_alone(form: LossForm, packed: bool) -> str | None:
     if packed:
         return "the batches are packed, several sequences in a row, and their boundaries would not fit repeated rows"
+    if form.rows is Rows.SUMMED:
+        return "the loss is a sum over the rows of a batch, and would be as many times as large as there are copies"
     if form.rows is Rows.COMPARED:
         return (
             "the loss compares the rows of a batch with each other (in-batch negatives, contrastive), and would take a "

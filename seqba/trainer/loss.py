@@ -7,6 +7,7 @@ releases differ, so the loss itself is asked, once, on the first batch: in eval 
 random states put back.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,9 +19,11 @@ from torch import Tensor
 from seqba.repeat import count_samples
 from seqba.trainer.batch import SAMPLES, SHIFTED_TARGETS, TARGETS, count_items, take_rows
 
+logger = logging.getLogger(__name__)
+
 _EXACT = 1e-5  # relative; the same numbers, divided by another power of two
-_ALIKE = 1e-3  # relative; the same rows in another batch
-_SIMILAR = 2e-2  # the same in half precision
+ALIKE = 1e-3  # relative; the same rows in another batch
+SIMILAR = 2e-2  # the same in half precision
 _CUTS = 64  # of a batch, that are tried
 
 
@@ -68,25 +71,30 @@ class LossOf(Protocol):
 
 def measure_loss(
     loss_of: LossOf,
+    shadow_of: LossOf,
     batch: Mapping[str, Any],
     num_items: Tensor | int | None,
     *,
     rows: Rows,
     total: Callable[[Tensor], Tensor],
     may_ignore: Sequence[int] = (),
+    tolerance: float = ALIKE,
 ) -> LossForm | None:
     """Find the form of a loss on one batch.
 
     A loss that divides by `num_items_in_batch` halves when that is doubled. What a mean is over shows where the batch
-    is cut in two: the means of the parts, weighted by what they hold of it, give the mean of the whole.
+    is cut in two: the means of the parts, weighted by what they hold of it, give the mean of the whole. So do their
+    gradients, which tell parts apart where a new model gives all of them nearly the same loss.
 
     Args:
         loss_of: computes it; it is never given a label that the batch does not hold.
+        shadow_of: the loss, and its gradient's products with some fixed directions: (n,).
         batch: unrepeated.
         num_items: as the Trainer gives it; None where it gives none.
         rows: what `compare_rows` has found.
         total: sums a tensor over the ranks, so that all of them come to the same form.
         may_ignore: labels that may be no targets.
+        tolerance: what rounding may move, relatively: ALIKE, or SIMILAR in half precision.
 
     Returns:
         None where this batch says nothing (no targets, or a loss of zero).
@@ -101,7 +109,7 @@ def measure_loss(
     guess = _target(loss_of, batch, num_items, total)
     if divisor is not Divisor.PASS:
         return LossForm(divisor, rows, guess)
-    return LossForm(divisor, rows, *_mean_over(loss_of, batch, guess, may_ignore, total))
+    return LossForm(divisor, rows, *_mean_over(shadow_of, batch, guess, may_ignore, total, tolerance))
 
 
 def compare_rows(
@@ -110,6 +118,7 @@ def compare_rows(
     of_twice: Sequence[Tensor | None],
     *,
     total: Callable[[Tensor], Tensor],
+    tolerance: float = ALIKE,
 ) -> Rows:
     """What a loss does with its rows, by its gradient over a batch and over the batch in which each row is there twice.
 
@@ -119,7 +128,7 @@ def compare_rows(
     if not one:
         return Rows.UNKNOWN
     by_value, by_gradient = (
-        _compare(*parts, total=total)
+        _compare(*parts, total=total, tolerance=tolerance)
         for parts in ((one[:1], under_other_draws[:1], of_twice[:1]), (one[1:], under_other_draws[1:], of_twice[1:]))
     )
     if by_gradient is Rows.UNKNOWN or by_value is by_gradient or by_value is Rows.UNKNOWN:
@@ -133,13 +142,12 @@ def _compare(
     of_twice: Sequence[Tensor | None],
     *,
     total: Callable[[Tensor], Tensor],
+    tolerance: float = ALIKE,
 ) -> Rows:
     found = [_distances(*tensors) for tensors in zip(gradient, under_other_draws, of_twice, strict=True)]
     distances = torch.stack(found).sum(0) if found else torch.zeros(4, dtype=torch.float64)
     size, redrawn, from_one, from_two = total(distances.nan_to_num(0.0, 0.0, 0.0)).tolist()
-    half = any(a is not None and a.dtype in (torch.float16, torch.bfloat16) for a in gradient)
-    half = half or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-    tolerance = (_SIMILAR if half else _ALIKE) ** 2 * size
+    tolerance = tolerance**2 * size
     if size == 0 or redrawn > tolerance:
         return Rows.UNKNOWN
     if from_one <= tolerance:
@@ -171,31 +179,49 @@ def part_of_update(loss: Tensor, items: Tensor, all_items: Tensor, num_ranks: in
 
 
 def _mean_over(
-    loss_of: LossOf, batch: Mapping[str, Any], guess: int, may_ignore: Sequence[int], total: Callable[[Tensor], Tensor]
+    shadow_of: LossOf,
+    batch: Mapping[str, Any],
+    guess: int,
+    may_ignore: Sequence[int],
+    total: Callable[[Tensor], Tensor],
+    tolerance: float,
 ) -> tuple[int | None, int | None]:
     """What a mean is over, and the label that is no target; None where no weights make the whole of its parts.
 
     The cut is the one whose parts differ most in what they hold.
     """
-    size = count_samples(batch) or 0
+    size, labels = count_samples(batch) or 0, batch.get("labels")
+    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
+    kinds = dict.fromkeys((guess, TARGETS, SHIFTED_TARGETS, SAMPLES))
+    forms = [(kind, ignored) for ignored in (None, *may_ignore) for kind in kinds]
+    fitting = torch.full((len(forms),), size == 1, device=device)  # one sample says nothing against any
     try:
         cuts = [(take_rows(batch, 0, n), take_rows(batch, n, size)) for n in range(1, min(size, _CUTS + 1))]
     except (TypeError, ValueError):
-        return None, None
-    if not cuts:  # a batch of one sample
-        return guess, None
-    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
-    labels = batch.get("labels")
-    held = [v for v in may_ignore if isinstance(labels, Tensor) and bool((labels == v).any())]
-    kinds = dict.fromkeys((guess, TARGETS, SHIFTED_TARGETS, SAMPLES))
-    forms = [(kind, ignored) for ignored in (None, *held) for kind in kinds]
-    shares = [[_share(*cut, device, *form) for form in forms] for cut in cuts]
-    best = max(range(len(cuts)), key=lambda i: max(shares[i]) - min(shares[i]))
-    losses = torch.stack([loss_of(rows, None) for rows in (batch, *cuts[best])])
-    whole, one, other = losses.double().nan_to_num(0.0, 0.0, 0.0).unbind()
-    mixed = torch.stack([share * one + (1 - share) * other for share in map(losses.new_tensor, shares[best])])
-    away = total(((mixed - whole).abs() > _ALIKE * whole.abs()).double()).tolist()  # on how many ranks it does not fit
-    return next((form for form, ranks in zip(forms, away, strict=True) if ranks == 0), (None, None))
+        cuts = []
+    if cuts:
+        shares = [[_share(*cut, device, *form) for form in forms] for cut in cuts]
+        best = max(range(len(cuts)), key=lambda i: max(shares[i]) - min(shares[i]))
+        shadows = _ask(shadow_of, [batch, *cuts[best]], None, device).view(3, -1)
+        whole, one, other = shadows.unbind()
+        share = shadows.new_tensor(shares[best])[:, None]
+        away = (share * one + (1 - share) * other - whole).abs()
+        of_loss, of_gradient = shadows[:, :1].norm(), shadows[:, 1:].norm()
+        fitting = (away[:, 0] <= tolerance * of_loss) & (away[:, 1:] <= tolerance * of_gradient).all(1)  # never if nan
+    refused = total((~fitting).double()).tolist()  # on how many ranks
+    fits = [form for form, ranks in zip(forms, refused, strict=True) if ranks == 0]
+    # a mean over sequences (CTC's) is the plain Trainer's to weigh, that over classes of samples is not
+    of_sequences = isinstance(labels, Tensor) and labels.ndim > 1
+    return fits[0] if fits and not (fits[0][0] == SAMPLES and of_sequences) else (None, None)
+
+
+def _ask(loss_of: LossOf, batches: Sequence[Any], num_items: Any, device: torch.device) -> Tensor:
+    """A loss on batches that are no user's own: nan where it fails on one of them, as pairs do that were cut."""
+    try:
+        return torch.stack([loss_of(batch, num_items).double() for batch in batches])
+    except Exception as error:  # whatever a user's loss raises on a batch that it never meets
+        logger.debug("the loss could not be asked what it divides by: %s", error)
+        return torch.full((len(batches),), float("nan"), dtype=torch.float64, device=device)
 
 
 def _share(one: Any, other: Any, device: torch.device, kind: int, ignored: int | None) -> float:
@@ -221,13 +247,14 @@ def _target(loss_of: LossOf, batch: Mapping[str, Any], num_items: Any, total: Ca
     changed = labels.roll(1, -1 if isinstance(words, Tensor) and words.shape == labels.shape else 0)
     first = torch.cat([changed[..., :1], labels[..., 1:]], dim=-1)
     others = torch.cat([labels[..., :1], changed[..., 1:]], dim=-1)
-    asked = [loss_of({**batch, "labels": x}, num_items).double() for x in (labels, labels, first, others)]
-    loss, again, of_first, of_others = torch.stack(asked).nan_to_num(0.0, 0.0, 0.0).unbind()
+    asked = [{**batch, "labels": x} for x in (labels, labels, first, others)]
+    losses = _ask(loss_of, asked, num_items, labels.device)
+    loss, again, of_first, of_others = losses.nan_to_num(0.0, 0.0, 0.0).unbind()
     # what is not looked at moves no bit, what is may move few: new models give all labels nearly the same loss
     noise = 2 * (again - loss).abs()
     looked = torch.stack([((x - loss).abs() > noise).double() for x in (of_first, of_others)])
-    moved = torch.tensor([not torch.equal(x, labels) for x in (first, others)]).to(looked)
-    first_counts, others_count, first_moved, others_moved = total(torch.cat([looked, moved])).tolist()
+    moved = torch.tensor([bool(losses.isfinite().all()) and not torch.equal(x, labels) for x in (first, others)])
+    first_counts, others_count, first_moved, others_moved = total(torch.cat([looked, moved.to(looked)])).tolist()
     if first_counts or not (first_moved and others_moved):
         return TARGETS
     return SHIFTED_TARGETS if others_count else SAMPLES

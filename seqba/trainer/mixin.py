@@ -311,6 +311,8 @@ class BatchAugmentationMixin(_TrainerBase):
     def _ba_num_items(self, num_items: Any) -> Any:
         """The targets of all copies, where the loss divides by them."""
         form = self._ba_run.form
+        if self._ba_as_plain:
+            return num_items
         if num_items is None or form is None or form.divisor is Divisor.PASS:
             return None
         assert self._ba_run.items is not None
@@ -330,25 +332,21 @@ class BatchAugmentationMixin(_TrainerBase):
         It stands in front of whatever `compute_loss` the trainer has, overridden above this class or below it.
         """
         form, items = self._ba_run.form, self._ba_run.items
-        is_mean = form is None or form.divisor is Divisor.PASS
-        is_uncertain = is_mean and form is not None and form.target is None
-        is_scaled = is_mean and self.loss_is_scaled_for_ga is True
-        num_copies_all = self.ba_args.ba_m
-        if (form is not None and form.divisor is Divisor.BOTH) or (num_copies_all == 1 and (is_uncertain or is_scaled)):
+        if form is not None and form.divisor is Divisor.BOTH:
             yield
             return
         assert items is not None
         here = num_copies * items.batches[batch][self._ba_target]
-        everywhere = num_copies_all * items.all[self._ba_target]
+        everywhere = self.ba_args.ba_m * items.all[self._ba_target]
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        compute_loss, share = self.compute_loss, num_copies / num_copies_all
-        if is_uncertain and not is_scaled:
-            share /= len(items.batches)  # each batch alike
+        compute_loss, as_plain, share = self.compute_loss, self._ba_as_plain, num_copies / self.ba_args.ba_m
 
         def part(loss: Tensor) -> Tensor:
-            if not is_mean:
+            if form is not None and form.divisor is Divisor.UPDATE:
                 return loss
-            return loss * share if is_uncertain or is_scaled else part_of_update(loss, here, everywhere, ranks)
+            if as_plain:
+                return loss if share == 1 else loss * share
+            return part_of_update(loss, here, everywhere, ranks)
 
         def weighted(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
@@ -356,9 +354,19 @@ class BatchAugmentationMixin(_TrainerBase):
 
         with ExitStack() as stack:
             stack.enter_context(replaced(self, "compute_loss", weighted))
-            if not is_scaled:  # such a loss may divide by it itself
+            if not (as_plain and hasattr(self, "current_gradient_accumulation_steps")):
                 stack.enter_context(replaced(self, "current_gradient_accumulation_steps", 1))
             yield
+
+    @property
+    def _ba_as_plain(self) -> bool:
+        """Whether batches are weighed as by the plain Trainer: nobody knows better, or the loss says it is scaled."""
+        form = self._ba_run.form
+        return (
+            form is not None
+            and form.divisor is Divisor.PASS
+            and (form.target is None or self.loss_is_scaled_for_ga is True)
+        )
 
 
 class BatchAugmentationTrainer(BatchAugmentationMixin, Trainer):
