@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from seqba.audit import IdenticalCopiesError, audit_masks, check_copies_differ
+from seqba.audit.masks import NO_EFFECT
 from seqba.audit.report import INACTIVE, PER_COPY, SHARED
 from seqba.context import current_copies
 
@@ -197,8 +198,77 @@ def test_dropout_that_is_off_is_inactive_with_the_reason():
     model.train()
     model[2].eval()
     found = {operation.path: (operation.scope, operation.reason) for operation in audit_masks(model, x()).operations}
-    want = {"1": (INACTIVE, "p=0"), "2": (INACTIVE, "eval mode"), "3": (PER_COPY, ""), "4": (INACTIVE, "p=1")}
-    assert found == want
+    want = {"1": (INACTIVE, "p=0"), "2": (INACTIVE, "eval mode"), "3": (INACTIVE, NO_EFFECT), "4": (INACTIVE, "p=1")}
+    assert found == want  # nothing passes the last one
+
+
+class _NoisyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.rand_like(gradient)
+
+
+@pytest.mark.trap(34)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda h: h + 0 * torch.randn_like(h),
+        lambda h: h * torch.empty_like(h).bernoulli_(1.0),
+        lambda h: h + 0 * F.dropout(h, 0.5),
+    ],
+)
+def test_draws_without_effect_are_no_transform(draw):
+    audit = audit_masks(nn.Sequential(nn.Linear(D, D), Apply(draw)), x())
+    assert {one.reason for one in audit.operations} == {NO_EFFECT}
+    assert not audit.copies_differ
+    with pytest.raises(IdenticalCopiesError, match="no effect on output or gradient"):
+        check_copies_differ(audit)
+
+
+def test_draws_of_the_backward_pass_alone_make_copies_differ():
+    audit = audit_masks(nn.Sequential(nn.Linear(D, D), Apply(_NoisyGradient.apply)), x())
+    assert audit.copies_differ
+    assert all(p.grad is None for p in nn.Linear(D, D).parameters())
+
+
+@pytest.mark.parametrize(
+    "coin",
+    [
+        lambda: torch.rand(()) < 0.5,
+        lambda: torch.rand(1) > 0.5,
+        lambda: 0.4 < torch.rand(()) < 0.6,
+        lambda: torch.randint(2, (1,)) == 1,
+        lambda: torch.randint(2, (1,)) == 0,
+        lambda: torch.bernoulli(torch.tensor(0.5)) == 1,
+        lambda: torch.randn(()) > 1,
+        lambda: random.random() < 0.5,
+    ],
+)
+def test_a_dropout_behind_a_coin_is_met(coin):
+    audit = audit_masks(nn.Sequential(nn.Linear(D, D), Apply(lambda h: F.dropout(h, 0.5) if bool(coin()) else h)), x())
+    assert "dropout" in {one.kind for one in audit.operations if one.scope == PER_COPY}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_scripted_part_of_a_model_is_audited_as_its_callers():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.3)))
+    audit = audit_masks(nn.Sequential(nn.Linear(D, D), scripted), x())
+    assert [(one.path, one.scope) for one in audit.operations] == [("", PER_COPY)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
+def test_draws_over_nested_tensors_are_seen():
+    def nested(h):
+        rows = F.dropout(torch.nested.nested_tensor(list(h)), 0.5)
+        return torch.nested.to_padded_tensor(rows, 0.0)
+
+    audit = audit_masks(Apply(nested), x())
+    assert audit.copies_differ
+    assert "cannot be told apart by copy" in audit.variance_note
 
 
 @pytest.mark.trap(34)

@@ -318,6 +318,20 @@ def test_batch_norm_is_named_once_in_a_warning_and_ghost_blocks_are_not(caplog):
     assert not caplog.records
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_plans_agree_on_a_model_with_a_scripted_part():
+    assert_plans_agree(Net(torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.3)))), rows_of())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
+def test_a_nested_tensor_is_refused_by_name():
+    def nested(x):
+        return torch.nested.to_padded_tensor(nn.functional.dropout(torch.nested.nested_tensor(list(x)), 0.5), 0.0)
+
+    with pytest.raises(StreamError, match="draws over a nested tensor"):
+        weights_of(Net(nested), M, rows_of())
+
+
 def test_the_look_leaves_everything_as_it_was():
     model = Net(nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(T)))
     model.train()

@@ -240,3 +240,43 @@ def test_masked_language_modelling_may_draw_its_masks_for_each_copy():
 def test_numpy_arrays_are_repeated_like_tensors():
     batch: dict[str, Any] = {"input_ids": torch.ones(2, 3), "weights": np.array([0.25, 0.75])}
     assert repeat_batch(batch, 2)["weights"].tolist() == [0.25, 0.75] * 2
+
+
+# ---- batches that can be read in two ways
+
+
+@pytest.mark.trap(56)
+@pytest.mark.parametrize(
+    ("batch", "key"),
+    [
+        ({"labels": torch.arange(3), "images": [torch.ones(3, 4, 4)] * 3}, "batch.images is a list of 3"),
+        ({"labels": torch.arange(2), "parts": [{"boxes": torch.ones(2, 4)}] * 2}, "batch.parts is a list of 2"),
+        ({"labels": torch.arange(3), "position_ids": torch.ones(3, 3, 5)}, r"batch.position_ids has shape \(3, 3, 5\)"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused_by_its_key(batch, key):
+    with pytest.raises(ValueError, match=f"{key}.*it can be read as one item for each sample and as whole tensors"):
+        repeat_batch(batch, 2)
+
+
+@pytest.mark.trap(56)
+def test_what_can_be_read_in_one_way_is_repeated_so():
+    images = [torch.full((3, 4, 4), float(n)) for n in range(2)]
+    batch = {"labels": torch.arange(2), "images": images, "position_ids": torch.arange(30).view(3, 2, 5)}
+    out = repeat_batch(batch, 2)
+    assert [float(image.mean()) for image in out["images"]] == [0.0, 1.0, 0.0, 1.0]
+    assert torch.equal(out["position_ids"], torch.cat([batch["position_ids"]] * 2, 1))
+    pixels, targets = torch.arange(2.0).view(2, 1), [{"labels": torch.ones(5)}, {"labels": torch.ones(7)}]
+    both = repeat_batch((pixels, targets), 2, num_samples=2)
+    assert isinstance(both, tuple)
+    assert both[0].flatten().tolist() == [0, 1, 0, 1]
+    assert [len(target["labels"]) for target in both[1]] == [5, 7, 5, 7]
+
+
+@pytest.mark.trap(56)
+def test_labels_of_detection_targets_are_not_taken_for_the_batch():
+    batch = {"pixel_values": torch.ones(3, 3, 4, 4), "targets": [{"labels": torch.ones(n)} for n in (5, 5, 5)]}
+    out = repeat_batch(batch, 2, num_samples=3)
+    assert len(out["targets"]) == 6
+    with pytest.raises(ValueError, match="the number of samples is not clear"):
+        repeat_batch(batch, 2)

@@ -6,20 +6,31 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from seqba.audit.modules import RunningModules
 from seqba.audit.report import INACTIVE, PER_COPY, SHARED, MaskAudit, Operation, folded_path, path_pattern
 from seqba.audit.state import OwnGenerators, bare, undisturbed
-from seqba.audit.trace import STOCHASTIC_DEPTH, Findings, Site, Trace, Tracer, growing_axis
-from seqba.audit.variance import HeldDraws, HeldPass, RunHeld, copies_differ_unseen, cuttable_kernels, total_effects
+from seqba.audit.trace import STOCHASTIC_DEPTH, Findings, Site, Trace, Tracer, growing_axis, is_floating
+from seqba.audit.variance import (
+    HeldDraws,
+    HeldPass,
+    RunHeld,
+    copies_differ,
+    copies_differ_unseen,
+    cuttable_kernels,
+    total_effects,
+)
 from seqba.context import copies_of_pass
 from seqba.repeat import count_samples, repeat_batch, unfold
 
 UNSEEN = "randomness outside torch"
 _NOT_ASKED = "not measured, as asked"
 _NO_ROWS = "not measured, since the model returned no floating-point tensor with rows of samples"
+NO_EFFECT = "no effect on output or gradient"
+_COINS = (0.0, 0.5)  # beside 1: what a single number that is drawn is set to, as a share of its range
 _HOST_TRACES = 4  # pairs of traces where Python's or numpy's generator may skip parts of the model
 
 
@@ -117,16 +128,22 @@ class _Auditor:
 
     def audit(self, measure_variance: bool) -> MaskAudit:
         few, many = self.trace_pair(coin=1.0, host_seed=0)
-        if many.one_number or many.words:
-            self.trace_pair(coin=0.0, host_seed=0)
+        for coin in _COINS if many.one_number else ():
+            self.trace_pair(coin=coin, host_seed=0)
+        if not self.findings.per_copy:
+            self.trace_pair(coin=1.0, host_seed=0, backward=True)
         for host_seed in range(1, _HOST_TRACES if many.words else 0):
             self.trace_pair(coin=1.0, host_seed=host_seed)
         rows = self.rows()
-        operations = [operation for operation, _ in rows]
         run = self.held_runner(few, many)
+        if run is not None and self.findings.per_copy and not self.findings.per_copy_hosts:
+            everything = set(self.findings.per_copy)
+            if not (copies_differ(run, everything) or self.gradients_differ(few, many, everything)):
+                rows = [(_without_effect(one), sites) for one, sites in rows]
+        operations = [operation for operation, _ in rows]
         if run is None:
             return self.report(operations, _NO_ROWS if measure_variance else _NOT_ASKED)
-        if not self.findings.per_copy:
+        if not any(one.scope == PER_COPY for one in operations):
             if copies_differ_unseen(run):
                 operations.insert(0, Operation("", ("",), UNSEEN, None, PER_COPY, 1))
             return self.report(operations)
@@ -139,21 +156,41 @@ class _Auditor:
 
     # ---- passes
 
-    def trace_pair(self, *, coin: float, host_seed: int) -> tuple[Trace, Trace]:
+    def trace_pair(self, *, coin: float, host_seed: int, backward: bool = False) -> tuple[Trace, Trace]:
         """Trace a pass with fewer and one with more copies, alike in all else, and note what they say."""
-        few, many = (self.trace(number, coin, host_seed) for number in self.copies)
+        few, many = (self.trace(number, coin, host_seed, backward) for number in self.copies)
         self.findings.add(few, many, self.copies)
         return few, many
 
-    def trace(self, num_copies: int, coin: float, host_seed: int) -> Trace:
+    def trace(self, num_copies: int, coin: float, host_seed: int, backward: bool) -> Trace:
         _seed_hosts(host_seed)
         modules = RunningModules(self.model)
         tracer = Tracer(modules, self.own, coin=coin)
-        with modules.followed(), tracer, copies_of_pass(range(num_copies)):
+        with modules.followed(), tracer, copies_of_pass(range(num_copies)), torch.set_grad_enabled(backward):
             output = self.forward(self.model, self.batches[num_copies])
+            if backward:
+                self.gradient(output)
         return tracer.finish(output)
 
-    def held_runner(self, few: Trace, many: Trace) -> RunHeld | None:
+    def gradient(self, output: Any) -> list[Tensor | None]:
+        """Of the squares of all that a pass returns, to the weights."""
+        found = [x.float().square().sum() for x in tree_leaves(output) if is_floating(x) and x.requires_grad]
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if not found or not weights:
+            return []
+        return list(torch.autograd.grad(torch.stack(found).sum(), weights, allow_unused=True))
+
+    def gradients_differ(self, few: Trace, many: Trace, sites: Collection[Site]) -> bool:
+        """Whether draws that the output does not show (the factor B of a fresh LoRA is 0) show in the gradient."""
+        run = self.held_runner(few, many, with_gradient=True)
+        assert run is not None
+        one, other = (run(seed, sites).gradient for seed in (0, 1))
+        return any(
+            a is not None and b is not None and bool((a - b).abs().max() > 1e-5 * a.abs().max())
+            for a, b in zip(one, other, strict=True)
+        )
+
+    def held_runner(self, few: Trace, many: Trace, *, with_gradient: bool = False) -> RunHeld | None:
         """How to run a pass under held draws, or None where no output has rows."""
         leaves = zip(few.outputs, many.outputs, strict=False)
         axes = [None if a is None or b is None else growing_axis(a, b, self.copies) for a, b in leaves]
@@ -166,9 +203,11 @@ class _Auditor:
             modules = RunningModules(self.model, watch_hosts=False)
             draws = HeldDraws(self.findings, modules, self.own, num_copies=self.num_copies, seed=seed, free=free)
             kernels, copies = cuttable_kernels(many.recurrent_kernel), copies_of_pass(range(self.num_copies))
-            with modules.followed(), kernels, draws, copies:
-                output = tree_leaves(self.forward(self.model, self.batches[self.num_copies]))[place]
-            return HeldPass(unfold(output.float(), self.num_copies, dim=axes[place] or 0), draws.uncut)
+            with modules.followed(), kernels, draws, copies, torch.set_grad_enabled(with_gradient):
+                returned = self.forward(self.model, self.batches[self.num_copies])
+                gradient = self.gradient(returned) if with_gradient else []
+            output = tree_leaves(returned)[place].detach().float()
+            return HeldPass(unfold(output, self.num_copies, dim=axes[place] or 0), draws.uncut, gradient, draws.met)
 
         return run
 
@@ -222,3 +261,7 @@ def _seed_hosts(seed: int) -> None:
     """Python's and numpy's generators, so that passes that are compared take the same branches."""
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _without_effect(operation: Operation) -> Operation:
+    return replace(operation, scope=INACTIVE, reason=NO_EFFECT) if operation.scope == PER_COPY else operation

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 HOSTS = ("Python's random", "numpy.random")
@@ -55,6 +56,8 @@ class RunningModules:
         self._hosts = _host_states()
         try:
             for path, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks; what it draws is its caller's
                 handles.append(module.register_forward_pre_hook(self._enter(path)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
             yield self

@@ -89,7 +89,7 @@ class Tracer(RandomOps):
 
     def finish(self, output: Any) -> Trace:
         """The trace, with what the model returned and what only its modules' attributes tell."""
-        self.trace.outputs = [tuple(leaf.shape) if is_floating(leaf) else None for leaf in tree_leaves(output)]
+        self.trace.outputs = [_shape(leaf) if is_floating(leaf) else None for leaf in tree_leaves(output)]
         for (path, generator), words in self.modules.host_draws.items():
             module = self.modules.model.get_submodule(path)
             layer_drop = _attributes(module).get(LAYER_DROP)
@@ -208,7 +208,8 @@ class Findings:
 
 def _shape(result: Any) -> tuple[int, ...]:
     """The shape of the first tensor that a random operation returned."""
-    return tuple(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)).shape)
+    first = next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    return (sum(x.numel() for x in first.unbind()),) if first.is_nested else tuple(first.shape)
 
 
 def _bernoulli_probability(call: RandomCall) -> float | None:
@@ -223,9 +224,17 @@ def _bernoulli_probability(call: RandomCall) -> float | None:
 
 def _set_coin(call: RandomCall, result: Any, coin: float) -> None:
     name = call.func._schema.name
-    if name in ("aten::rand", "aten::uniform_"):
-        low, high = (0, 1) if name == "aten::rand" else (call.argument("from"), call.argument("to"))
+    base = name.partition("::")[2].strip("_")
+    if base in ("rand", "uniform"):
+        low, high = (0, 1) if base == "rand" else (call.argument("from"), call.argument("to"))
         result.fill_(low + (high - low) * min(coin, 1 - torch.finfo(result.dtype).eps))
+    elif base == "bernoulli":
+        result.fill_(round(coin))
+    elif base in ("randn", "normal"):
+        result.fill_(6 * coin - 3)  # deviations
+    elif base == "randint":
+        low, high = call.argument("low") or 0, call.argument("high")
+        result.fill_(low + round((high - 1 - low) * coin))
 
 
 def _attributes(module: nn.Module) -> dict[str, float]:

@@ -51,6 +51,7 @@ class HeldDraws(CopyStreams):
         self.findings, self.modules, self.own = findings, modules, own
         self.num_copies, self.seed, self.free = num_copies, seed, set(free)
         self.uncut: list[str] = []
+        self.met: set[Site] = set()
         self._order = 0
         self._places: dict[Site, int] = {}
 
@@ -60,6 +61,7 @@ class HeldDraws(CopyStreams):
         if draws_nothing(call):
             return call.run()
         site = site_of(call, self.modules)
+        self.met.add(site)
         place = self._places.get(site, 0)
         self._places[site], self._order = place + 1, self._order + 1
         key = mix(self.seed, self._order)
@@ -76,7 +78,7 @@ class HeldDraws(CopyStreams):
 
     def can_cut(self, call: RandomCall) -> bool:
         """Whether the numbers that a call draws are blocks of rows, one for each copy."""
-        if call.kind in (FUSED_ATTENTION, CUDNN_RNN, PERMUTATION, UNKNOWN):
+        if call.kind in (FUSED_ATTENTION, CUDNN_RNN, PERMUTATION, UNKNOWN) or call.is_nested:
             return False
         try:
             self.rows_of_a_copy(call)
@@ -98,10 +100,19 @@ def cuttable_kernels(recurrent: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldPass:
-    """What a pass under held draws gave: the output (M, B, ...) in float32, and the draws that were not held."""
+    """What a pass under held draws gave.
+
+    Attributes:
+        output: (M, B, ...), float32.
+        uncut: the draws that were not held.
+        gradient: where it was asked for.
+        met: the sites that drew.
+    """
 
     output: Tensor
     uncut: list[str]
+    gradient: Sequence[Tensor | None] = ()
+    met: Collection[Site] = ()
 
     @property
     def variance(self) -> float:
@@ -123,6 +134,15 @@ def copies_differ_unseen(run: RunHeld) -> bool:
     """Whether copies differ although all draws that were seen are equal: something draws where nobody looks."""
     held = run(0, ())
     return not held.uncut and held.variance > _ROUNDING * held.scale
+
+
+def copies_differ(run: RunHeld, sites: Collection[Site]) -> bool:
+    """Whether the output differs between copies more under draws of their own than under equal ones.
+
+    Also where that cannot be told: some draws were not held, or lie behind a coin that fell otherwise.
+    """
+    held, free = run(0, ()), run(0, sites)
+    return bool(free.uncut) or not set(sites) <= set(free.met) or free.variance > 4 * held.variance
 
 
 def total_effects(run: RunHeld, groups: Sequence[Collection[Site]]) -> tuple[list[float], str]:

@@ -70,12 +70,19 @@ class RandomCall:
         """The shape of what is drawn."""
         if self.kind == FACTORY:
             return tuple(self._size())
+        if self.is_nested:
+            return (sum(x.numel() for x in self._tensors()[0].unbind()),)
         if self.kind == PERMUTATION:
             return (int(self.args[0]),)
         if self.kind == MAP:
             return tuple(torch.broadcast_shapes(*(x.shape for x in self._tensors())))
         tensor = self._first_tensor()
         return tuple(tensor.shape) if tensor is not None else ()
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether it draws over a nested tensor, whose rows have no axis."""
+        return any(x.is_nested for x in self._tensors()[:1])
 
     @property
     def device(self) -> torch.device:

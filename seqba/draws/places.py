@@ -85,6 +85,8 @@ class Places:
 
         handles: list[Any] = []
         for module in self._names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks; what it draws is its caller's
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:

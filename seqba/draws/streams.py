@@ -144,6 +144,11 @@ class CopyStreams(RandomOps):
             if not call.drops_out:
                 return call.run()
             raise StreamError(_fused_refusal(call))
+        if call.is_nested:
+            raise StreamError(
+                f"{call.name} draws over a nested tensor, whose rows have no axis to be cut along; pad it, or train "
+                "without reproducible copies"
+            )
         key = _next_key()
         if call.own_generator() is not None:
             raise StreamError(
