@@ -150,3 +150,18 @@ def test_what_cannot_be_normalised_is_refused():
         a_layer(2)(torch.randn(1, C, 1, 1))
     with pytest.raises(ValueError, match="expected 4D input"):
         a_layer(2)(torch.randn(3, C))
+
+
+def test_batch_norms_of_other_classes_and_of_two_names_are_converted_too():
+    from timm.layers import BatchNormAct2d
+
+    model = nn.ModuleDict({"one": BatchNormAct2d(C), "two": nn.BatchNorm2d(C)})
+    model["three"] = model["two"]
+    x = torch.randn(8, C, *SIZE)
+    want = torch.cat([copy.deepcopy(model["one"])(part) for part in x.chunk(2)])
+    convert_ghost_batch_norm(model, 2)
+    assert model["three"] is model["two"]
+    assert all(isinstance(layer, GhostBatchNorm2d) for layer in model.values())
+    convert_ghost_batch_norm(model, 4)  # again, with another size
+    torch.testing.assert_close(model["one"](x), want)  # with its activation
+    torch.testing.assert_close(copy.deepcopy(model["one"]).eval()(x), model["one"].eval()(x))

@@ -34,7 +34,7 @@ from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
 TINY = parse_config([]).changed(
-    network="resnet8", batch_size=6, ghost_batch_size=6, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
+    network="resnet8", batch_size=6, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
     max_updates=9, log_every=1, eval_every=3, save_every=4, eval_batch_size=20, cpu=True,
 )  # fmt: skip
 DRAWN = {"train": 40, "valid": 30, "test": 30}  # an epoch of TINY has 6 updates
@@ -270,7 +270,8 @@ def test_an_update_trains_on_each_of_its_images_m_times(pipeline, tmp_path, monk
     monkeypatch.setattr(VisionLoss, "forward", forward)
     options = {"ba_m": 3, "copies_per_pass": 2, "max_updates": 7, "allow_identical_copies": True}  # into epoch 2
     run(tmp_path / "run", pipeline=pipeline, **options, **STILL)
-    assert [len(rows) for rows in passes] == [12, 6] * 7
+    assert [len(rows) for rows in passes] == [4, *[12, 6] * 7]  # after the rehearsal
+    passes = passes[1:]
     for update in zip(passes[::2], passes[1::2], strict=True):
         copies = unfold(torch.cat(update), 3)
         assert (copies == copies[0]).all()
@@ -394,7 +395,8 @@ def test_an_image_is_decoded_once_an_update_however_many_copies_it_has(tmp_path,
     options = {"data": str(tmp_path / "data"), "valid_images": 4, "ba_m": 4, "batch_size": 7, "max_updates": 2}
     shape = {"image_size": 24, "crop_padding": 0, "random_resized_crop": True}
     folder = run(tmp_path / "run", eval_every=2, **options, **shape)
-    assert len(decoded) == 2 * 7 + 4 + 18 + 4 * 2  # training, validation, test, and the contact sheet
+    # training, validation, test; the rehearsal, the look at validation and test before, and the contact sheet
+    assert len(decoded) == 2 * 7 + 4 + 18 + 4 + (4 + 18) + 4 * 2
     views = load_classifier(str(folder / "model")).views
     assert (views.size, views.resized) == (24, 27)
     with pytest.raises(UserError, match="--pipeline device is not possible: the images are no set of one size"):
@@ -545,6 +547,26 @@ def test_identical_copies_are_refused_where_neither_t_nor_dropout_is_left(tmp_pa
     run(tmp_path / "dropout", network="torchvision/squeezenet1_1", max_updates=1, **STILL)  # its own dropout is T
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "torchvision/alexnet"}, "torchvision/alexnet does not take images of 32 x 32 pixels: .*too small"),
+        ({"network": "torchvision/vit_b_16"}, "torchvision/vit_b_16 does not take images of 32 x 32 pixels"),
+        ({"network": "torchvision/squeezenet1_1", "ghost_batch_size": 4}, "--ghost-batch-size: .* has no batch norm"),
+        ({"lr_drops": [0.01, 0.02]}, "--lr-drops 0.01 0.02: two of them fall on one update, as an epoch has 6"),
+    ],
+)
+def test_what_a_network_cannot_do_is_refused_before_a_folder_is_made(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_networks_with_classifiers_beside_the_last_one_are_made_without_them(tmp_path):
+    run(tmp_path / "run", network="torchvision/googlenet", image_size=64, max_updates=1, eval_every=1)
+
+
 def test_a_batch_larger_than_the_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="40 training images do not fill a batch of --batch-size 41"):
         run(tmp_path / "run", batch_size=41)
@@ -574,6 +596,10 @@ def test_every_option_has_help_and_every_preset_names_options():
         (["--lr-drops", "5", "3"], r"--lr-drops must rise and be above 0, got 5\.0 3\.0"),
         (["--lr-factors", "0.1", "0.2", "0.3"], "--lr-factors must be one number for all of --lr-drops or 2, each"),
         (["--random-resized-crop"], "--crop-padding and --random-resized-crop are two ways to crop"),
+        (["--random-resized-crop", "--crop-padding", "0"], "--random-resized-crop needs --image-size"),
+        (["--mixup-alpha", "0.2", "--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--lr-power", "1000"], "--lr-power must be from -10 to 10, got 1000"),
+        (["--weight-decay-epochs", "-3"], "--weight-decay-epochs must be at least 0 and finite, got -3"),
         (["--epochs", "0"], "--epochs must be above 0 and finite, got 0"),
         (["--mixup-alpha", "-1"], "--mixup-alpha must be at least 0 and finite, got -1"),
         (["--preset", "resnet50-imagenet"], "^--preset resnet50-imagenet needs --data$"),

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tasks.cli.errors import DataError
-from tasks.vision.data import cifar, load_images, sources
+from tasks.vision.data import cifar, image_set, load_images, sources
 from tasks.vision.data.decode import decode_file, to_tensor
 from tasks.vision.data.drawn import CLASSES, draw_images
 from tasks.vision.data.image_set import stratified
@@ -310,9 +310,69 @@ def test_an_image_keeps_its_class_and_its_pixels_through_every_cut(tmp_path):
             assert sample["label"] == label == int(part.labels[i])
             met.append((label, number))
     assert len(set(met)) == len(met) == 9 + 6 + 6
-    before = images.fingerprint
-    Image.new("RGB", (40, 30)).save(tmp_path / "cat" / f"{images.train.items[0].stem}.png")
-    assert load_images(str(tmp_path), valid_images=6, train_images=9).fingerprint != before
+    options = {"valid_images": 6, "train_images": 9}
+    held = load_images(str(tmp_path), in_memory=True, **options)
+    assert torch.equal(held.train.tensor, torch.stack([images.train[i]["image"] for i in range(9)]))
+    Image.new("RGB", (4, 3)).save(images.train.items[0])  # as one does with a damaged file
+    assert load_images(str(tmp_path), **options).fingerprint == images.fingerprint
+    assert load_images(str(tmp_path), in_memory=True, **options).fingerprint != held.fingerprint
+    images.train.items[0].unlink()
+    assert load_images(str(tmp_path), **options).fingerprint != images.fingerprint
+
+
+def folder_of(path, sizes):
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        (path / split / name).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size, (i, 0, 0)).save(path / split / name / f"{i}.png")
+    return str(path)
+
+
+def test_images_of_several_sizes_are_refused_where_they_are_to_be_of_one(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "mixed", [(8, 8), (8, 8), (9, 8)])
+    with pytest.raises(DataError, match="images are of several sizes, 8 x 8 and 8 x 9 for two; give --image-size"):
+        load_images(folder, valid_images=2, in_memory=True)
+    one = folder_of(tmp_path / "one", [(8, 8)] * 3)
+    monkeypatch.setattr(image_set, "_LARGEST", 3 * 64 * 4 - 1)
+    with pytest.raises(DataError, match="4 training images of 8 x 8 are too many to be kept decoded"):
+        load_images(one, valid_images=2, in_memory=True)
+
+
+def test_damaged_images_are_counted_before_training_with_the_remedy(tmp_path):
+    folder = folder_of(tmp_path / "data", [(8, 8)] * 3)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "test" / name / "1.png").write_bytes(b"no image")
+    images = load_images(folder, valid_images=2)
+    for num_workers in (0, 1):
+        with pytest.raises(DataError, match=r"2 of the test images cannot be decoded: .*1\.png.*--on-corrupt skip"):
+            images.test.refuse_damaged("test", num_workers)
+    images.valid.refuse_damaged("validation")
+    with pytest.raises(DataError, match="cannot be decoded: .*; replace it and go on with --resume"):
+        images.test[1]
+
+
+def test_an_archive_that_is_not_unpacked_and_two_in_a_folder_are_named(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="is a file; unpack it, and give the folder"):
+        load_images(str(tmp_path / "cifar-10-python.tar.gz"))
+    for folder, member in (("cifar-10-batches-py", "data_batch_1"), ("cifar-100-python", "train")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / member).write_bytes(b"")
+    with pytest.raises(DataError, match="holds two archives; give one of .*cifar-10-batches-py and .*cifar-100-python"):
+        load_images(str(tmp_path))
+
+
+def test_numbers_of_any_width_are_classes_and_a_row_without_an_image_is_damaged(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    rows = [{"bytes": buffer.getvalue(), "path": None}] * 5 + [None]
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("uint8")})
+    saved = datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 0, 1, 0, 1]}, features=kinds)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "saved"))
+    images = load_images(str(tmp_path / "saved"), valid_images=1)
+    with pytest.raises(DataError, match="1 of the test images cannot be decoded: row 5 of the split test has no image"):
+        images.test.refuse_damaged("test")
+    assert len(load_images(str(tmp_path / "saved"), valid_images=1, skip_corrupt=True).test) == 5
 
 
 # ---- data sets
@@ -419,5 +479,8 @@ def test_a_second_folder_of_a_split_is_said(tmp_path, caplog):
 def test_grey_of_32_bits_is_refused_and_of_16_bits_read():
     wide = Image.fromarray(np.array([[0, 65_535]], dtype=np.int32))
     assert to_tensor(wide)[0].tolist() == [[0, 255]]
+    dark = Image.fromarray(np.full((2, 2), 200, np.int32))
+    with pytest.raises(ValueError, match="its pixels are 32-bit numbers, 200 to 200; convert it to 8 or 16 bits"):
+        to_tensor(dark)
     with pytest.raises(ValueError, match="its pixels are 32-bit numbers, 0 to 65536"):
         to_tensor(Image.fromarray(np.array([[0, 65_536]], dtype=np.int32)))

@@ -26,7 +26,7 @@ class Views:
 
     Attributes:
         mean, std: of each channel of the training images, where white is 1.
-        size: height and width, or None for images that are of one size already.
+        size: height and width of what the network sees; None for images of one size that are no squares.
         resized: shorter side before the centre is cut out; None where nothing is.
     """
 
@@ -46,6 +46,8 @@ class Views:
             std, mean = (tuple(map(float, x)) for x in zip(*by_channel, strict=True))
         size = config.image_size
         resized = round(size * _RESIZED) if size is not None and config.random_resized_crop else None
+        if size is None and pixels is not None and pixels.shape[2] == pixels.shape[3]:
+            size = pixels.shape[2]
         return cls(mean, std, size, resized)
 
     @property
@@ -55,7 +57,7 @@ class Views:
 
     def evaluation(self, image: Tensor) -> Tensor:
         """An image (3, H, W) uint8 as an evaluation sees it, before it is normalised."""
-        if self.size is None:
+        if self.size is None or (self.resized is None and image.shape[1:] == (self.size, self.size)):
             return image
         if self.resized is None:
             return v2.functional.resize(image, [self.size, self.size], antialias=True)
@@ -77,8 +79,8 @@ def worker_transform(config: VisionConfig, views: Views) -> Callable[[Tensor], T
     """T of one image, from torch's global generator, by torchvision; normalised, where Cutout follows."""
     steps: list[Callable[[Tensor], Tensor]] = []
     if config.random_resized_crop:
-        steps.append(v2.RandomResizedCrop(views.size or 224, antialias=True))
-    elif views.size is not None:
+        steps.append(v2.RandomResizedCrop(views.size, antialias=True))
+    elif config.image_size is not None:
         steps.append(v2.Resize([views.size, views.size], antialias=True))
     if config.crop_padding:
         steps.append(_Alone(RandomCrop(config.crop_padding)))

@@ -204,7 +204,11 @@ def repeated(config: VisionBenchmark) -> list[Row]:
 
 def _prepared(options: VisionOptions) -> tuple[Accelerator, ImageSplits]:
     accelerator = start_accelerator(options.machine, seed=options.run.seed)
-    return accelerator, load_images(options.config.data, valid_images=options.config.valid_images)
+    return accelerator, load_images(
+        options.config.data,
+        valid_images=options.config.valid_images,
+        in_memory=options.config.image_size is None,
+    )
 
 
 MEASUREMENTS: dict[str, Callable[[VisionBenchmark], list[Row]]] = {

@@ -21,7 +21,7 @@ _LEAST = {
     "batch_size": 1, "image_size": 1, "corpus_seed": 0, "train_images": 1, "valid_images": 1, "crop_padding": 0,
     "cutout_size": 1, "ghost_batch_size": 2, "eval_batch_size": 1,
 }  # fmt: skip
-_AT_LEAST_0 = ("momentum", "weight_decay", "mixup_alpha", "warmup_epochs", "learning_rate")
+_AT_LEAST_0 = ("momentum", "weight_decay", "weight_decay_epochs", "mixup_alpha", "warmup_epochs", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VisionConfig:
     # network
     network: str = option("resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME")
     ghost_batch_size: int | None = option(
-        None, "normalise batches in blocks of so many images, all of one copy; by default a copy's whole batch"
+        None, "batch norm in blocks of so many images, all of one copy; by default a copy's whole batch is one"
     )
 
     # the transform T
@@ -90,7 +90,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
         for name in _AT_LEAST_0:
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"--label-smoothing is a probability, from 0 to below 1, got {self.label_smoothing}")
@@ -109,8 +109,16 @@ class VisionConfig:
                 f"--lr-factors must be one number for all of --lr-drops or {len(self.lr_drops)}, each above 0 and at "
                 f"most 1, got {' '.join(map(str, self.lr_factors))}"
             )
+        if not -10 <= self.lr_power <= 10:
+            raise UserError(f"--lr-power must be from -10 to 10, got {self.lr_power}")
+        if self.mixup_alpha and self.batch_size < 2:
+            raise UserError(
+                "--mixup-alpha mixes each image with another one of its batch: --batch-size must be at least 2"
+            )
         if self.crop_padding and self.random_resized_crop:
             raise UserError("--crop-padding and --random-resized-crop are two ways to crop; switch one of them off")
+        if self.random_resized_crop and self.image_size is None:
+            raise UserError("--random-resized-crop needs --image-size, the size to which the crop is resized")
 
     @property
     def is_random(self) -> bool:
@@ -134,7 +142,8 @@ class VisionConfig:
 
 VisionOptions: TypeAlias = TrainingOptions[VisionConfig]
 
-MAY_DIFFER_HERE = (*MAY_DIFFER, "data", "eval_batch_size")  # the images are compared by content
+# the images are compared, by content or by their files
+MAY_DIFFER_HERE = (*MAY_DIFFER, "data", "eval_batch_size", "on_corrupt")
 
 
 def run_folder(options: VisionOptions) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 # M, batch, regime and augmentation of Table 2 (Hoffer et al. 2020) and of the papers it cites; epochs as published.
 # 5 000 images of a CIFAR training set are held out: no checkpoint is chosen on the test set.
 _CIFAR: dict[str, Any] = {
-    "max_updates": 10_000_000, "valid_images": 5_000, "crop_padding": 4, "flip": True, "cutout": True,
+    "max_updates": 10_000_000, "eval_every": 700, "save_every": 700, "valid_images": 5_000,
+    "crop_padding": 4, "flip": True, "cutout": True,
     "cutout_size": 16,
 }  # fmt: skip
 _RESNET44 = _CIFAR | {
@@ -19,7 +20,7 @@ _VGG16 = _CIFAR | {
     "weight_decay": 5e-4, "decay_bias_and_norm": True, "lr_drops": [60.0, 120.0, 160.0], "lr_factors": [0.2],
 }  # fmt: skip
 _IMAGENET: dict[str, Any] = {
-    "max_updates": 10_000_000,
+    "max_updates": 10_000_000, "eval_every": 5_000, "save_every": 5_000,
     "image_size": 224, "crop_padding": 0, "random_resized_crop": True, "flip": True, "cutout": False, "ba_m": 4,
     "batch_size": 256, "learning_rate": 0.1, "weight_decay": 1e-4, "decay_bias_and_norm": True, "epochs": 90.0,
     "lr_drops": [30.0, 60.0, 80.0], "lr_factors": [0.1], "num_workers": 8, "valid_images": 10_000,
@@ -44,9 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet50-imagenet": _RESNET50,
     "resnet50-imagenet-40-epochs": _RESNET50 | {"epochs": 40.0, "lr_drops": [30.0, 35.0]},
     "resnet50-imagenet-23-epochs": _RESNET50 | {"epochs": 23.0, "lr_drops": [15.0, 20.0, 22.0]},
-    # B = 8192 on all ranks: as many as there are, times --batch-size, times --accumulation
+    # B = 8192 on one rank, --batch-size times --accumulation; on R ranks --accumulation is 128 / R
     "resnet50-imagenet-large-batch": _RESNET50 | {
         "batch_size": 64, "accumulation": 128, "learning_rate": 3.2, "warmup_epochs": 5.0, "ghost_batch_size": 32,
+        "eval_every": 150, "save_every": 150,
     },
 }  # fmt: skip
 

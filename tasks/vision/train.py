@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from seqba.audit.state import undisturbed
 from seqba.groups import CopyGroup
-from seqba.modules import convert_ghost_batch_norm
+from seqba.modules import GhostBatchNorm2d, convert_ghost_batch_norm
 from seqba.sampler import FixedBatchSampler
 from seqba.schedule import step_decay
 from seqba.step import TrainStep, UpdateResult
 from seqba.transforms import Compose, Mixup
-from tasks.cli.errors import DataError, UserError
+from tasks.cli.errors import DataError, UserError, reason_of
 from tasks.cli.machine import start_accelerator
 from tasks.models.audit import refuse_identical_copies
 from tasks.run.checkpoints import SameData
@@ -33,7 +34,7 @@ from tasks.vision.evaluate import evaluate
 from tasks.vision.loss import VisionLoss, count_labels, summed_loss
 from tasks.vision.model_folder import Classifier, save_classifier
 from tasks.vision.networks import build_model, parameter_groups
-from tasks.vision.pipelines import DevicePipeline, Pipeline, WorkerPipeline
+from tasks.vision.pipelines import Batch, DevicePipeline, Pipeline, WorkerPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,10 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         train_images=config.train_images,
         valid_images=config.valid_images,
         skip_corrupt=config.on_corrupt == "skip",
+        in_memory=config.image_size is None,
     )
+    for split, held in (("validation", images.valid), ("test", images.test)):
+        held.refuse_damaged(split, options.run.num_workers)
     views = Views.of(config, images)
     group = CopyGroup.of(accelerator, copies.ba_m)
     pipeline = make_pipeline(options, accelerator, images, views, group.copies)
@@ -82,6 +86,18 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     epoch = len(stream.sampler) // options.run.accumulation  # updates
     if config.epochs is not None:
         options = options.changed(max_updates=min(options.run.max_updates, max(1, round(config.epochs * epoch))))
+    model = build(config, len(images.classes), options.run.seed, copies.ba_m)
+    loss_model = VisionLoss(model, config.label_smoothing)
+    sgd = torch.optim.SGD(
+        parameter_groups(loss_model, config.weight_decay, config.decay_bias_and_norm),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+    )
+    wrapped, optimizer = accelerator.prepare(loss_model, sgd)
+    batch = pipeline.take_copies(pipeline.first(_AUDITED, epoch=0), group.copies[:1])
+    rehearse(config, loss_model, batch)
+    if copies.ba_m > 1 and not copies.allow_identical_copies and not config.is_random:
+        refuse_identical_copies(loss_model, batch, lambda model, rows: model(rows)[0], "--flip")
     run = Run(
         accelerator,
         folder,
@@ -91,17 +107,6 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         figures=FIGURES,
         may_differ=MAY_DIFFER_HERE,
     )
-    model = build(config, len(images.classes), options.run.seed)
-    loss_model = VisionLoss(model, config.label_smoothing)
-    sgd = torch.optim.SGD(
-        parameter_groups(loss_model, config.weight_decay, config.decay_bias_and_norm),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-    )
-    wrapped, optimizer = accelerator.prepare(loss_model, sgd)
-    if copies.ba_m > 1 and not copies.allow_identical_copies and not config.is_random:
-        batch = pipeline.take_copies(pipeline.first(_AUDITED, epoch=0), group.copies[:1])
-        refuse_identical_copies(loss_model, batch, lambda model, rows: model(rows)[0], "--flip")
     step = TrainStep(
         accelerator,
         wrapped,
@@ -119,6 +124,11 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     with run.writing(folder):
         accelerator.init_trackers("vision", config=None)
     run.attach(model, optimizer, data=SameData(images.fingerprint), stream=stream, step=step)
+    if accelerator.is_main_process:
+        with run.writing(folder):
+            draw_contact_sheet(folder / "transforms.png", pipeline, views, group.copies)
+
+    workers = options.run.num_workers
 
     # ---- the loop
     for update in run.updates():
@@ -132,7 +142,9 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         run.record(update, result, sample_ids)
         validation = None
         if run.must_validate:
-            validation = evaluate(accelerator, loss_model, images.valid, views, config.eval_batch_size, "valid")
+            validation = evaluate(
+                accelerator, loss_model, images.valid, views, config.eval_batch_size, "valid", workers
+            )
         run.log(validation, lr=lr)
         run.save_if_due()
         yield result, stream
@@ -143,7 +155,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     run.load_best()
     best = run.progress.best_update or run.progress.update
     with run.writing(folder):
-        test = evaluate(accelerator, loss_model, images.test, views, config.eval_batch_size, "test")
+        test = evaluate(accelerator, loss_model, images.test, views, config.eval_batch_size, "test", workers)
         score = f"top-1 accuracy {test['test_accuracy']:.2%}, {test['test_loss']:.4f} nats per image"
         if accelerator.is_main_process:
             made_by = {
@@ -153,7 +165,6 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
             }
             classifier = Classifier(config.network, model, images.classes, views)
             save_classifier(folder / "model", classifier, made_by=made_by, scores=[score])
-            draw_contact_sheet(folder / "transforms.png", pipeline, views, group.copies)
     run.finish(test)
     logger.info(f"test: {score}, {len(images.test):,} images, each seen once")
     logger.info(f"{run.folder}: model/, curve.png, transforms.png, results.json, metrics.jsonl")
@@ -207,12 +218,20 @@ def make_stream(options: VisionOptions, accelerator: Accelerator, pipeline: Pipe
     )
 
 
-def build(config: VisionConfig, num_classes: int, seed: int) -> nn.Module:
-    """A network with new weights, equal on all ranks; the generators are seeded for the masks afterwards."""
+def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1) -> nn.Module:
+    """A network with new weights, equal on all ranks; the generators are seeded for the masks afterwards.
+
+    Its batch norm never meets two copies of an image at once, so that no plan changes a run.
+
+    Raises:
+        UserError: there is no such network, or no batch norm in it where blocks of it are asked for.
+    """
     torch.manual_seed(seed)
     model = build_model(config.network, num_classes)
-    if config.ghost_batch_size is not None:
-        model = convert_ghost_batch_norm(model, config.ghost_batch_size)
+    if num_copies > 1 or config.ghost_batch_size is not None:
+        convert_ghost_batch_norm(model, config.ghost_batch_size)
+    if config.ghost_batch_size is not None and not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
+        raise UserError(f"--ghost-batch-size: {config.network} has no batch norm over images; leave it out")
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.compile:
@@ -221,13 +240,36 @@ def build(config: VisionConfig, num_classes: int, seed: int) -> nn.Module:
     return model
 
 
+def rehearse(config: VisionConfig, loss_model: VisionLoss, batch: Batch) -> None:
+    """Run some images through the network, in both modes; it is as it was afterwards.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    try:
+        with undisturbed(loss_model):
+            loss_model.train()(batch)
+            loss_model.eval()(batch)
+    except Exception as error:  # of any network, by any layer
+        height, width = batch["images"].shape[2:]
+        raise UserError(
+            f"--network {config.network} does not take images of {height} x {width} pixels: {reason_of(error)}; give "
+            "--image-size, or another network"
+        ) from error
+
+
 def learning_rate(config: VisionConfig, epoch: int, num_copies: int) -> Callable[[int], float]:
     """The rate of each update: drops after epochs of `epoch` updates, and M to the power that is asked for."""
+    boundaries = [max(1, round(drop * epoch)) for drop in config.lr_drops]
+    if len(set(boundaries)) < len(boundaries):
+        raise UserError(
+            f"--lr-drops {' '.join(map(str, config.lr_drops))}: two of them fall on one update, as an epoch has {epoch}"
+        )
     factors = config.lr_factors if len(config.lr_factors) > 1 else config.lr_factors * len(config.lr_drops)
     return lambda update: step_decay(
         update,
         base_lr=config.learning_rate * num_copies**config.lr_power,
-        boundaries=[max(1, round(drop * epoch)) for drop in config.lr_drops],
+        boundaries=boundaries,
         factor=factors,
         warmup_updates=round(config.warmup_epochs * epoch),
     )

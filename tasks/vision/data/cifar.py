@@ -64,13 +64,17 @@ ARCHIVES = (
 
 
 def find_archive(data: str) -> tuple[Archive, Path] | None:
-    """The archive in a folder, or that the folder is."""
+    """The archive in a folder, or that the folder is; two of them are a `DataError`."""
+    found = []
     for archive in ARCHIVES:
         for folder in (Path(data, archive.folder), Path(data)):
             members = [*archive.train, *archive.test]
             if any((folder / name).is_file() for member in members for name in (member, f"{member}.xz")):
-                return archive, folder
-    return None
+                found.append((archive, folder))
+                break
+    if len(found) > 1:
+        raise DataError(f"{data} holds two archives; give one of {' and '.join(str(folder) for _, folder in found)}")
+    return found[0] if found else None
 
 
 def read_archive(archive: Archive, folder: Path) -> tuple[ImageSet, ImageSet, list[str]]:

@@ -79,8 +79,13 @@ def read_data_set(
 
 def _label_column(columns: Any) -> str | None:
     typed = [column for column, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    plain = [column for column in _LABELS if getattr(columns.get(column), "dtype", "") in ("string", "int64", "int32")]
+    plain = [column for column in _LABELS if _is_plain(columns.get(column))]
     return next((column for column in _LABELS if column in typed), None) or next(iter([*typed, *plain]), None)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column holds whole numbers or names."""
+    return getattr(kind, "dtype", "").removeprefix("large_").removeprefix("u").rstrip("0123456789") in ("int", "string")
 
 
 class _Rows:
@@ -101,4 +106,6 @@ class _Rows:
 
 def _decode(item: tuple[str, Any]) -> Tensor:
     where, stored = item
+    if stored is None:
+        raise DataError(f"{where} has no image")
     return decode_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), where)

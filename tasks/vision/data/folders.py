@@ -54,7 +54,7 @@ def read_folder(folder: Path, classes: Sequence[str], *, skip_corrupt: bool) -> 
         labels += [label] * len(images)
     if others:
         logger.info(f"{folder}: {len(others):,} files are no images by their names, and left out: {_some(others)}")
-    names = [f"{path.relative_to(folder)} {path.stat().st_size}" for path in files]
+    names = [str(path.relative_to(folder)) for path in files]
     read = ImageSet(files, torch.tensor(labels), decode_file, names)
     if not skip_corrupt:
         return read

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tasks.cli.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # reasons in a message
+_LARGEST = 2**31  # bytes of images that are kept decoded
 
 
 class ImageSet:
@@ -42,8 +44,16 @@ class ImageSet:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The image and its class."""
+        try:
+            return {"image": self._image(index), "label": int(self.labels[index])}
+        except DataError as error:
+            raise DataError(
+                f"{error}; replace it and go on with --resume, or begin anew with --on-corrupt skip"
+            ) from error
+
+    def _image(self, index: int) -> Tensor:
         item = self.items[index]
-        return {"image": item if self.decode is None else self.decode(item), "label": int(self.labels[index])}
+        return item if self.decode is None else self.decode(item)
 
     @property
     def tensor(self) -> Tensor | None:
@@ -59,17 +69,53 @@ class ImageSet:
 
     def decodable(self) -> ImageSet:
         """Those that can be decoded, all of which are; how many cannot be is said, with some reasons."""
-        good, bad = [], []
-        for index in range(len(self)):
-            try:
-                self[index]
-            except DataError as error:
-                bad.append(str(error))
-            else:
-                good.append(index)
+        faults = self.faults()
+        bad = [fault for fault in faults if fault]
         if bad:
-            logger.info(f"{len(bad):,} images are left out: {'; '.join(bad[:_SHOWN])}{' ...' if bad[_SHOWN:] else ''}")
-        return self.subset(torch.tensor(good, dtype=torch.int64))
+            logger.info(f"{len(bad):,} images are left out: {_some(bad)}")
+        return self.subset(torch.tensor([n for n, fault in enumerate(faults) if not fault], dtype=torch.int64))
+
+    def faults(self, num_workers: int = 0) -> list[str]:
+        """Why each image cannot be decoded, in as many processes; empty where it can be."""
+        loader: DataLoader[Any] = DataLoader(_Faults(self), 64, num_workers=num_workers, collate_fn=list)  # type: ignore[arg-type]
+        return [fault for batch in loader for fault in batch]
+
+    def refuse_damaged(self, called: str, num_workers: int = 0) -> None:
+        """Decode every image once.
+
+        Raises:
+            DataError: some cannot be, how many, and why.
+        """
+        if self.decode is not None and (bad := [fault for fault in self.faults(num_workers) if fault]):
+            raise DataError(
+                f"{len(bad):,} of the {called} images cannot be decoded: {_some(bad)}; replace them, or give "
+                "--on-corrupt skip"
+            )
+
+    def in_memory(self, called: str) -> ImageSet:
+        """The same as one tensor.
+
+        Raises:
+            DataError: images cannot be decoded, are of several sizes, or too many to be kept.
+        """
+        if self.decode is None or not len(self):
+            return self
+        self.refuse_damaged(called)
+        images: list[Tensor] = []
+        for index in range(len(self)):
+            images.append(self._image(index))
+            (height, width), (first_height, first_width) = images[-1].shape[1:], images[0].shape[1:]
+            if images[-1].shape != images[0].shape:
+                raise DataError(
+                    f"the {called} images are of several sizes, {first_height} x {first_width} and {height} x {width} "
+                    "for two; give --image-size"
+                )
+            if len(self) * images[0].numel() > _LARGEST:
+                raise DataError(
+                    f"{len(self):,} {called} images of {height} x {width} are too many to be kept decoded; give "
+                    "--image-size, with which they are read as they are needed"
+                )
+        return ImageSet(torch.stack(images), self.labels)
 
     def update(self, digest: Any) -> None:
         """Add what the split holds to a hash: pixels of a tensor, else the items' names; and all labels."""
@@ -78,6 +124,25 @@ class ImageSet:
             digest.update(self.items.numpy().tobytes())
         for name in self.names or ():
             digest.update(name.encode() + b"\0")
+
+
+class _Faults:
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images._image(index)
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def _some(reasons: Sequence[str]) -> str:
+    return "; ".join(reasons[:_SHOWN]) + (" ..." if reasons[_SHOWN:] else "")
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,10 @@ _SPLITS: dict[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Images of `classes` in three splits; of the training and validation images `fingerprint` names the content."""
+    """Images of `classes` in three splits.
+
+    `fingerprint` names the training and validation images: by content where they are one tensor, else by their files.
+    """
 
     train: ImageSet
     valid: ImageSet
@@ -49,6 +52,7 @@ def load_images(
     valid_images: int = 5_000,
     train_images: int | None = None,
     skip_corrupt: bool = False,
+    in_memory: bool = False,
 ) -> ImageSplits:
     """Read images, or draw some.
 
@@ -60,6 +64,7 @@ def load_images(
         valid_images: held out of the training images where there is no validation split, each class by its share.
         train_images: so many of the rest, each class by its share; None for all.
         skip_corrupt: decode every image at once, and leave out those that cannot be.
+        in_memory: decode every image once, into one tensor a split; all must be of one size.
 
     Raises:
         DataError: a split or an image is missing or damaged, or there are fewer images than are asked for.
@@ -82,6 +87,15 @@ def load_images(
             f"{data or 'the drawn images'}: {len(missing)} classes have no image to train on, {missing[0]!r} for one; "
             "give more training images, or hold out fewer"
         )
+    if in_memory:
+        train, valid, test = (
+            x.in_memory(split) for x, split in ((train, "training"), (valid, "validation"), (test, "test"))
+        )
+        sizes = {tuple(x.tensor.shape[2:]) for x in (train, valid, test) if x.tensor is not None and len(x)}
+        if len(sizes) > 1:
+            raise DataError(
+                f"the splits have images of several sizes, {' and '.join(map(str, sizes))}; give --image-size"
+            )
     name = f"drawn images of ten shapes, seed {seed}" if data is None else data
     counts = f"{len(train):,} training, {len(valid):,} validation and {len(test):,} test images"
     logger.info(f"{name}: {counts} of {len(classes)} classes")
@@ -94,6 +108,8 @@ def _read(data: str | None, seed: int, skip_corrupt: bool) -> tuple[ImageSet, Im
         drawn = draw_images(sum(_DRAWN.values()), seed)
         train, valid, test = (drawn.subset(part) for part in torch.arange(len(drawn)).split(list(_DRAWN.values())))
         return train, valid, test, CLASSES
+    if Path(data).is_file():
+        raise DataError(f"{data} is a file; unpack it, and give the folder")
     if found := find_archive(data):
         train, test, names = read_archive(*found)
         return train, None, test, names

@@ -47,6 +47,7 @@ def evaluate(config: AccuracyConfig, machine: MachineOptions) -> dict[str, Any]:
         seed=config.corpus_seed,
         valid_images=0 if config.split == "test" else config.valid_images,
         skip_corrupt=config.on_corrupt == "skip",
+        in_memory=any(one.views.size is None for one in classifiers.values()),
     )
     images: ImageSet = getattr(splits, config.split)
     labels = {name: _labels(images, splits.classes, name, one) for name, one in classifiers.items()}

@@ -14,6 +14,7 @@ from tasks.vision.networks.mobilenet import MobileNetV1
 from tasks.vision.networks.resnet_cifar import ResNetCifar
 from tasks.vision.networks.vgg_cifar import vgg16_cifar
 
+_WITH_AUXILIARIES = ("googlenet", "inception_v3")  # of torchvision: classifiers beside the last one
 _OWN = ("resnet44", "vgg16-cifar", "mobilenet-v1")
 
 
@@ -70,5 +71,6 @@ def _make(make: Any, name: str, member: str, known: list[str], num_classes: int)
     if member not in known:
         near = difflib.get_close_matches(member, known, n=3, cutoff=0.5)
         raise UserError(f"there is no network {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
-    model: nn.Module = make(member, num_classes=num_classes)
+    options = {"aux_logits": False, "init_weights": True} if member in _WITH_AUXILIARIES else {}
+    model: nn.Module = make(member, num_classes=num_classes, **options)
     return model
