@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -57,6 +56,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, block_size={self.block_size}"
 
 
+_GHOSTS: dict[type, type] = {nn.BatchNorm2d: GhostBatchNorm2d}
+
+
 def convert_ghost_batch_norm(model: nn.Module, block_size: int | None = None) -> nn.Module:
     """Make every `nn.BatchNorm2d` of a model ghost batch norm, and those of classes that inherit from it (timm's).
 
@@ -79,12 +81,13 @@ def convert_ghost_batch_norm(model: nn.Module, block_size: int | None = None) ->
     return model
 
 
-@functools.cache
-def _ghost_of(kind: type[nn.BatchNorm2d]) -> type[GhostBatchNorm2d]:
-    """Ghost batch norm around what a class makes of a batch."""
+def _ghost_of(kind: type[nn.BatchNorm2d]) -> Any:
+    """Ghost batch norm around what a class makes of a batch; one class for each."""
     if issubclass(kind, GhostBatchNorm2d):
         return kind
-    return GhostBatchNorm2d if kind is nn.BatchNorm2d else type(f"Ghost{kind.__name__}", (GhostBatchNorm2d, kind), {})
+    if kind not in _GHOSTS:
+        _GHOSTS[kind] = type(f"Ghost{kind.__name__}", (GhostBatchNorm2d, kind), {})
+    return _GHOSTS[kind]
 
 
 def _checked(block_size: int | None) -> int | None:
