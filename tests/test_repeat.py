@@ -269,7 +269,7 @@ def test_what_can_be_read_in_one_way_is_repeated_so():
     }
     out: dict[str, Any] = repeat_batch(batch, 2)
     assert [float(image.mean()) for image in out["images"]] == [0.0, 1.0, 0.0, 1.0]
-    assert torch.equal(out["position_ids"], torch.cat([batch["position_ids"]] * 2, 1))
+    assert torch.equal(out["position_ids"], torch.cat([positions] * 2, 1))
     pixels, targets = torch.arange(2.0).view(2, 1), [{"labels": torch.ones(5)}, {"labels": torch.ones(7)}]
     both = repeat_batch((pixels, targets), 2, num_samples=2)
     assert isinstance(both, tuple)

@@ -347,7 +347,7 @@ def test_damaged_images_are_counted_before_training_with_the_remedy(tmp_path):
         with pytest.raises(DataError, match=r"2 of the test images cannot be decoded: .*1\.png.*--on-corrupt skip"):
             images.test.refuse_damaged("test", num_workers)
     images.valid.refuse_damaged("validation")
-    with pytest.raises(DataError, match="cannot be decoded: .*; replace it and go on with --resume"):
+    with pytest.raises(DataError, match=r"cannot be decoded: .*; replace it and go on with --resume"):
         images.test[1]
 
 
@@ -358,7 +358,9 @@ def test_an_archive_that_is_not_unpacked_and_two_in_a_folder_are_named(tmp_path)
     for folder, member in (("cifar-10-batches-py", "data_batch_1"), ("cifar-100-python", "train")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / member).write_bytes(b"")
-    with pytest.raises(DataError, match="holds two archives; give one of .*cifar-10-batches-py and .*cifar-100-python"):
+    with pytest.raises(
+        DataError, match=r"holds two archives; give one of .*cifar-10-batches-py and .*cifar-100-python"
+    ):
         load_images(str(tmp_path))
 
 
