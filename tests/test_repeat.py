@@ -262,10 +262,11 @@ def test_what_can_be_read_in_two_ways_is_refused_by_its_key(batch, key):
 @pytest.mark.trap(56)
 def test_what_can_be_read_in_one_way_is_repeated_so():
     images = [torch.full((3, 4, 4), float(n)) for n in range(2)]
+    positions = torch.arange(30).view(3, 2, 5)
     batch: dict[str, Any] = {
         "labels": torch.arange(2),
         "images": images,
-        "position_ids": torch.arange(30).view(3, 2, 5),
+        "position_ids": positions,
     }
     out: dict[str, Any] = repeat_batch(batch, 2)
     assert [float(image.mean()) for image in out["images"]] == [0.0, 1.0, 0.0, 1.0]

@@ -358,9 +358,7 @@ def test_an_archive_that_is_not_unpacked_and_two_in_a_folder_are_named(tmp_path)
     for folder, member in (("cifar-10-batches-py", "data_batch_1"), ("cifar-100-python", "train")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / member).write_bytes(b"")
-    with pytest.raises(
-        DataError, match=r"holds two archives; give one of .*cifar-10-batches-py and .*cifar-100-python"
-    ):
+    with pytest.raises(DataError, match=r"holds two archives; give one of .*cifar-10-.* and .*cifar-100-python"):
         load_images(str(tmp_path))
 
 
