@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from seqba import StreamError, TrainStep, copy_streams, measure_draws, repeat_batch, shared_draws
+from seqba import StreamError, TrainStep, copy_streams, measure_draws, passes, repeat_batch, shared_draws
 from seqba.draws.measured import UnmeasuredError
 from seqba.modules import convert_ghost_batch_norm
 
@@ -229,9 +229,10 @@ class _InBackward(torch.autograd.Function):
 WRONG = {
     "a coin a row": (a_coin_a_row, "noise draws .* how often it draws depends on the rows"),
     "rejection": (until_all_are_large, "noise dr(aws|ew) .* how often it draws depends on"),
-    "experts": (experts, "draws shapes .* how many rows it has depends on|does not hold the rows"),
+    "experts": (experts, "does not hold the rows|they part at noise"),
     "a permutation of rows": (lambda x: x[torch.randperm(len(x))], r"aten\.randperm.* in noise draws \(3,\) .* \(6,\)"),
     "pairs of rows": (lambda x: x + torch.rand(len(x), len(x)).mean(), r"draws \(3, 3\) numbers .* \(6, 6\)"),
+    "a row more": (lambda x: x * torch.rand(len(x) + 1)[1:, None, None], r"draws \(4,\) numbers .* and \(7,\) for two"),
     "torch.seed()": (seeded_anew, "two passes of Net from the same seed differ"),
     "DropBlock": (drop_block, "is not its copies one by one; they part at noise"),
     "twins": (twins, "is not its copies one by one; they part at noise"),
@@ -304,6 +305,27 @@ def test_a_draw_that_comes_late_is_looked_at_when_it_comes(draw, message):
     want = weights(M)
     for plan in (1, 3):
         torch.testing.assert_close(weights(plan), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.trap(50)
+@pytest.mark.parametrize("late", [lambda x: x, lambda x: nn.functional.dropout(nn.functional.dropout(x, 0.2), 0.2)])
+def test_draws_that_are_fewer_or_more_than_before_are_looked_at_too(late, monkeypatch):
+    looks = []
+
+    def looked(*args, **kwargs):
+        looks.append(kwargs["update"])
+        return measure_draws(*args, **kwargs)
+
+    monkeypatch.setattr(passes, "measure_draws", looked)
+    model = Net(FromThirdUpdate(late))
+    step = TrainStep(
+        Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=1e-4), num_copies=2, copy_seed=7,
+        loss_fn=lambda model, rows: model.noise(rows).square().sum() + 0 * model.last(rows).sum(),
+        count_fn=lambda batch: 1,
+    )  # fmt: skip
+    for update in range(1, 6):
+        step([rows_of() + (1_000 if update in (3, 4) else 0)], update=update)
+    assert looks == [1, 3]
 
 
 @pytest.mark.trap(51)

@@ -268,6 +268,29 @@ def test_logs_of_equal_runs_are_equal_and_rates_stand_in_the_last_line(tmp_path)
     assert states[0] == states[1]
 
 
+@pytest.mark.trap(24)
+@pytest.mark.parametrize("ba_m", [1, 3])
+def test_a_resumed_run_ends_in_the_state_of_the_straight_one(ba_m, tmp_path):
+    """Every figure of it but the plain Trainer's own about time, and the mean loss, which it begins anew."""
+    settings = {
+        "logging_strategy": "steps", "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4,
+        "learning_rate": 0.1, "num_train_epochs": 2,
+    }  # fmt: skip
+    states, weights = [], []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        trainer = make(tmp_path, gpt2(0.3), Samples("gpt2", 6), ba_m=ba_m, settings=settings)
+        trainer.train(resume_from_checkpoint=resume)
+        state = vars(trainer.state).copy()
+        timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+        rates = ("unique_samples_per_second", "seen_instances_per_second") if ba_m > 1 else ()
+        lines = [{k: v for k, v in line.items() if k not in (*timed, *rates)} for line in state.pop("log_history")]
+        states.append((state, lines))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert states[0] == states[1]
+    assert torch.equal(*weights)
+
+
 def test_a_trainer_without_callbacks_trains(tmp_path):
     trainer = make(tmp_path, gpt2(0.3), Samples("gpt2", 6), ba_m=2)
     for callback in list(trainer.callback_handler.callbacks):

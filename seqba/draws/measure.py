@@ -18,7 +18,6 @@ from seqba.draws.measured import (
     batch_norms,
     buffers_of,
     compare_counts,
-    compare_shapes,
     quiet,
     refuse_state,
     where_they_part,
@@ -130,7 +129,6 @@ def measure_draws(
                 both, fused = look(copies)
                 compare_counts(one, both)
                 compare_counts(other, both)
-                compare_shapes(one, other, both, twice.axes)
                 if not (add_up(of_one, of_one, of_two, rounding) and add_up(a, b, fused, rounding)):
                     reset()
                     parts = outputs((first,)), outputs((second,))

@@ -151,26 +151,6 @@ def compare_counts(a: Look, b: Look) -> None:
             )
 
 
-def compare_shapes(one: Look, other: Look, both: Look, axes: dict[Place, int]) -> None:
-    """Refuse a draw whose rows depend on what is computed: two copies alone, and the two in one pass.
-
-    Raises:
-        StreamError: its module, and the shapes.
-    """
-    for place, axis in axes.items():
-        a, b, c = (look.shapes.get(place) for look in (one, other, both))
-        if None in (a, b, c):
-            continue
-        assert a is not None
-        assert c is not None
-        want = tuple(n * (2 if i == axis else 1) for i, n in enumerate(a))
-        if a != b or c != want:
-            raise StreamError(
-                f"{place.operation} in {one.places.module(place.call)} draws shapes {a} and {b} for two copies alone, "
-                f"and {c} for both: how many rows it has depends on what is computed (routing to experts); {_OUTSIDE}"
-            )
-
-
 def _times(draws: Counter[str]) -> str:
     return ", ".join(f"{count} times by {name}" for name, count in sorted(draws.items())) or "nothing"
 

@@ -179,9 +179,10 @@ class BatchAugmentationMixin(_TrainerBase):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; lines about training also say what was met and seen, the last one how fast."""
+        """As the Trainer's; lines about training also say what was met and seen, the last one with copies how fast."""
         if "learning_rate" in logs or "train_runtime" in logs:
-            logs.update(self.counters.logs(logs.get("train_runtime")))
+            seconds = logs.get("train_runtime") if self.ba_args.ba_m > 1 else None
+            logs.update(self.counters.logs(seconds))
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
