@@ -28,9 +28,14 @@ An iterable data set is resumed in its first pass only, as by a plain Trainer, w
 A plain Trainer's other choices hold: with `average_tokens_across_devices=False` every rank divides by its own targets.
 An auxiliary loss beside the token loss (mixtures of experts) is added once for every batch, so it takes fused passes.
 
-The first batch is looked at before it is trained on: `compute_loss` is called on it up to seven times, without
-gradients and in eval mode, to find what it divides by, and with M > 1 two of its copies run through the audit. What a
-`compute_loss` of one's own does beside (prints, logs) happens then too; the trainer's plain attributes are put back.
+A loss that is a mean over what nobody can tell (over sequences, as CTC's), a sum, and one that sets
+`loss_is_scaled_for_ga`, is weighed as by the plain Trainer, whatever M is.
+
+The first batch is looked at before it is trained on: `compute_loss` is called on it, on its two parts, with labels that
+have changed places, and with M > 1 with each row there twice (again in updates 2 and 10), in eval mode and with
+gradients that reach no weight; two of its copies run through the audit. What a `compute_loss` of one's own does beside
+(prints, logs) happens then too; the trainer's plain attributes are put back. It is never given a label that the batch
+does not hold, and where it fails on a part, the run goes on.
 """
 
 from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArguments
