@@ -317,15 +317,26 @@ def test_draws_that_are_fewer_or_more_than_before_are_looked_at_too(late, monkey
         return measure_draws(*args, **kwargs)
 
     monkeypatch.setattr(passes, "measure_draws", looked)
-    model = Net(FromThirdUpdate(late))
+
+    class Counting(FromThirdUpdate):
+        def __init__(self, draw):
+            super().__init__(draw)
+            self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x)
+
+    model = Net(Counting(late))
     step = TrainStep(
         Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=1e-4), num_copies=2, copy_seed=7,
-        loss_fn=lambda model, rows: model.noise(rows).square().sum() + 0 * model.last(rows).sum(),
+        loss_fn=lambda model, rows: (model.last.weight.sum() * model.noise(rows)).square().sum(),
         count_fn=lambda batch: 1,
     )  # fmt: skip
     for update in range(1, 6):
         step([rows_of() + (1_000 if update in (3, 4) else 0)], update=update)
     assert looks == [1, 3]
+    assert int(model.noise.passes) == 5  # a pass that is done again is first undone
 
 
 @pytest.mark.trap(51)

@@ -212,9 +212,10 @@ def test_a_training_step_that_leaves_out_the_passes_is_an_error(tmp_path):
             self.accelerator.backward(loss)
             return loss.detach()
 
-    trainer = make(tmp_path, gpt2(0.3), Samples("gpt2", 3), trainer_class=Mine, ba_m=2)
+    trainer = make(tmp_path, gpt2(0.3), Samples("gpt2", 9), trainer_class=Mine, ba_m=2)
     with pytest.raises(RuntimeError, match=r"0 of 1 batches .* Mine\.training_step must call super\(\)\.training_step"):
         trainer.train()
+    assert trainer.state.global_step == 1  # told before the second update
 
 
 def test_a_training_step_below_the_mixin_runs_once_a_batch(tmp_path):
@@ -253,6 +254,17 @@ def test_a_batch_that_cannot_be_repeated_runs_one_copy_a_pass(tmp_path):
     assert trainer.counters.copies_per_pass == 1
     with pytest.raises(ValueError, match=r"batch\.parts.*or run one copy a pass"):
         make(tmp_path, Parts(), Samples("llama", 6), ba_m=3, copies_per_pass=3, data_collator=with_parts).train()
+
+
+def test_a_later_batch_that_cannot_be_repeated_runs_one_copy_a_pass_from_there_on(tmp_path, caplog):
+    def collate(samples):
+        return with_parts(samples) if len(samples) < 3 else {**Pad()(samples), "parts": None}
+
+    settings = {"remove_unused_columns": False}
+    trainer = make(tmp_path, Parts(), Samples("llama", 5), ba_m=3, data_collator=collate, settings=settings)
+    trainer.train()
+    assert trainer.counters.copies_per_pass == 1
+    assert any("from here on one copy stands in a pass" in record.getMessage() for record in caplog.records)
 
 
 def test_logs_of_equal_runs_are_equal_and_rates_stand_in_the_last_line(tmp_path):

@@ -119,7 +119,7 @@ def measure_draws(
             _, again = look((first,), shared=True)
             refuse_state(model, (of_one, after_one), (again, buffers_of(model)), rounding)
             reset()
-            twice, of_two = look((first, second), alone, shared=True)
+            twice, _ = look((first, second), alone, shared=True)
             compare_counts(alone, twice)
             axes.add(twice)
             if compare:
@@ -129,7 +129,7 @@ def measure_draws(
                 both, fused = look(copies)
                 compare_counts(one, both)
                 compare_counts(other, both)
-                if not (add_up(of_one, of_one, of_two, rounding) and add_up(a, b, fused, rounding)):
+                if not add_up(a, b, fused, rounding):
                     reset()
                     parts = outputs((first,)), outputs((second,))
                     reset()

@@ -64,7 +64,7 @@ class Places:
         """Follow the calls of all modules for the time of a pass.
 
         Args:
-            on_call: told, when a module returns in a forward pass: the call, how often it drew itself, its output.
+            on_call: told, when a module returns: the call, how often it drew itself, its output.
                 The whole pass is call 0, told last.
         """
         self._stack = [_Call(0)]
@@ -80,7 +80,7 @@ class Places:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self._stack.pop()
-            if not in_backward() and sys.exc_info()[1] is handled:  # else the module has raised
+            if sys.exc_info()[1] is handled:  # else the module has raised
                 on_call(call.number, call.draws, output)
 
         handles: list[Any] = []
