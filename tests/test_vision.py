@@ -34,7 +34,7 @@ from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
 TINY = parse_config([]).changed(
-    network="resnet8", batch_size=6, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
+    network="resnet8", batch_size=6, ghost_batch_size=0, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
     max_updates=9, log_every=1, eval_every=3, save_every=4, eval_batch_size=20, cpu=True,
 )  # fmt: skip
 DRAWN = {"train": 40, "valid": 30, "test": 30}  # an epoch of TINY has 6 updates
@@ -201,7 +201,12 @@ class Killed(BaseException):
         {"pipeline": "device"},
         {"pipeline": "workers", "auto_augment": "trivialaugment", "mixup_alpha": 0.2},
         {"pipeline": "workers", "num_workers": 2, "accumulation": 2},
-        {"network": "torchvision/squeezenet1_1", "reproducible_copies": True, "copies_per_pass": 1},
+        {
+            "network": "torchvision/squeezenet1_1",
+            "reproducible_copies": True,
+            "copies_per_pass": 1,
+            "ghost_batch_size": None,
+        },
     ],
 )
 def test_a_killed_run_resumed_is_bitwise_the_undisturbed_one(changes, tmp_path):
@@ -598,6 +603,7 @@ def test_every_option_has_help_and_every_preset_names_options():
         (["--random-resized-crop"], "--crop-padding and --random-resized-crop are two ways to crop"),
         (["--random-resized-crop", "--crop-padding", "0"], "--random-resized-crop needs --image-size"),
         (["--mixup-alpha", "0.2", "--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--ghost-batch-size", "1"], "--ghost-batch-size must be at least 2, or 0 for a copy's whole batch, got 1"),
         (["--lr-power", "1000"], "--lr-power must be from -10 to 10, got 1000"),
         (["--weight-decay-epochs", "-3"], "--weight-decay-epochs must be at least 0 and finite, got -3"),
         (["--epochs", "0"], "--epochs must be above 0 and finite, got 0"),

@@ -19,7 +19,7 @@ Pipeline = Literal["auto", "device", "workers"]
 
 _LEAST = {
     "batch_size": 1, "image_size": 1, "corpus_seed": 0, "train_images": 1, "valid_images": 1, "crop_padding": 0,
-    "cutout_size": 1, "ghost_batch_size": 2, "eval_batch_size": 1,
+    "cutout_size": 1, "ghost_batch_size": 0, "eval_batch_size": 1,
 }  # fmt: skip
 _AT_LEAST_0 = ("momentum", "weight_decay", "weight_decay_epochs", "mixup_alpha", "warmup_epochs", "learning_rate")
 
@@ -48,7 +48,9 @@ class VisionConfig:
     # network
     network: str = option("resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME")
     ghost_batch_size: int | None = option(
-        None, "batch norm in blocks of so many images, all of one copy; by default a copy's whole batch is one"
+        None,
+        "batch norm in blocks of so many images, all of one copy; 0: a copy's whole batch is one; by default batch norm is "
+        "left as it is, over all rows of a pass",
     )
 
     # the transform T
@@ -111,6 +113,8 @@ class VisionConfig:
             )
         if not -10 <= self.lr_power <= 10:
             raise UserError(f"--lr-power must be from -10 to 10, got {self.lr_power}")
+        if self.ghost_batch_size == 1:
+            raise UserError("--ghost-batch-size must be at least 2, or 0 for a copy's whole batch, got 1")
         if self.mixup_alpha and self.batch_size < 2:
             raise UserError(
                 "--mixup-alpha mixes each image with another one of its batch: --batch-size must be at least 2"

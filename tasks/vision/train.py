@@ -221,17 +221,20 @@ def make_stream(options: VisionOptions, accelerator: Accelerator, pipeline: Pipe
 def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1) -> nn.Module:
     """A network with new weights, equal on all ranks; the generators are seeded for the masks afterwards.
 
-    Its batch norm never meets two copies of an image at once, so that no plan changes a run.
-
     Raises:
         UserError: there is no such network, or no batch norm in it where blocks of it are asked for.
     """
     torch.manual_seed(seed)
     model = build_model(config.network, num_classes)
-    if num_copies > 1 or config.ghost_batch_size is not None:
-        convert_ghost_batch_norm(model, config.ghost_batch_size)
-    if config.ghost_batch_size is not None and not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
-        raise UserError(f"--ghost-batch-size: {config.network} has no batch norm over images; leave it out")
+    if config.ghost_batch_size is not None:
+        convert_ghost_batch_norm(model, config.ghost_batch_size or None)
+        if not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
+            raise UserError(f"--ghost-batch-size: {config.network} has no batch norm over images; leave it out")
+    elif num_copies > 1 and any(isinstance(x, nn.BatchNorm2d) for x in model.modules()):
+        logger.info(
+            "batch norm sees all copies of a pass together, so that the number of copies in a pass changes a run; "
+            "--ghost-batch-size 0 normalises each copy by itself"
+        )
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.compile:
