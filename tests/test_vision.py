@@ -34,7 +34,7 @@ from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
 TINY = parse_config([]).changed(
-    network="resnet8", batch_size=6, ghost_batch_size=0, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
+    network="resnet8", batch_size=6, learning_rate=0.05, cutout_size=8, ba_m=2, epochs=None,
     max_updates=9, log_every=1, eval_every=3, save_every=4, eval_batch_size=20, cpu=True,
 )  # fmt: skip
 DRAWN = {"train": 40, "valid": 30, "test": 30}  # an epoch of TINY has 6 updates
@@ -133,7 +133,14 @@ def test_data_rates_and_cadence_do_not_move_with_m(tmp_path):
 @pytest.mark.parametrize("plan", [1, 2])
 @pytest.mark.parametrize("pipeline", ["device", "workers"])
 def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, pipeline, tmp_path):
-    options = {"ba_m": 3, "pipeline": pipeline, "mixup_alpha": 0.3, "max_updates": 2, "save_every": 2}
+    options = {
+        "ba_m": 3,
+        "pipeline": pipeline,
+        "mixup_alpha": 0.3,
+        "max_updates": 2,
+        "save_every": 2,
+        "ghost_batch_size": 0,
+    }
     fused = run(tmp_path / "fused", **options)
     apart = run(tmp_path / "apart", copies_per_pass=plan, **options)
     assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
@@ -172,7 +179,7 @@ def test_the_result_is_the_checkpoint_with_the_highest_accuracy(tmp_path, monkey
 
 
 def test_without_t_copies_are_samples_again_and_a_run_does_not_depend_on_m(tmp_path):
-    options = STILL | {"max_updates": 2, "save_every": 2}
+    options = STILL | {"max_updates": 2, "save_every": 2, "ghost_batch_size": 0}
     one = run(tmp_path / "one", ba_m=1, **options)
     four = run(tmp_path / "four", ba_m=4, allow_identical_copies=True, **options)
     moves_once_a_block = ("running", "tracked")
