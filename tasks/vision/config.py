@@ -49,8 +49,8 @@ class VisionConfig:
     network: str = option("resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME")
     ghost_batch_size: int | None = option(
         None,
-        "batch norm in blocks of so many images, all of one copy; 0: a copy's whole batch is one; by default batch norm "
-        "is left as it is, over all rows of a pass",
+        "batch norm in blocks of so many images, all of one copy; 0: a copy's whole batch is one; by default it stays "
+        "as it is, over all rows of a pass",
     )
 
     # the transform T
