@@ -242,6 +242,34 @@ def test_a_lone_cpu_run_uses_all_cores_unless_the_user_chose_a_number(tmp_path):
     assert launched(script, [sys.executable], OMP_NUM_THREADS="1") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.trap(61)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks find each other on GPUs")
+def test_ranks_that_find_themselves_alone_are_refused(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "from tasks.cli.errors import explained\nfrom tasks.cli.machine import MachineOptions, start_accelerator\n"
+        "with explained():\n    start_accelerator(MachineOptions(), seed=0)\n"
+    )
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")}
+    done = subprocess.run(ranks, capture_output=True, text=True, check=False, env=kept)
+    assert done.returncode != 0
+    assert "WORLD_SIZE=2 says that so many processes work together, and each finds itself alone" in done.stderr
+
+
+@pytest.mark.trap(62)
+def test_the_precision_that_accelerate_was_configured_to_is_recorded_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    training.train(TINY.changed(output_dir=str(tmp_path / "run"), max_updates=4))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mixed_precision"] == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(RunError, match="mixed_precision was 'bf16', is 'no'"):
+        training.train(TINY.changed(output_dir=str(tmp_path / "run"), max_updates=8, resume=True))
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory by rules of its own")
 def test_a_run_on_a_processor_keeps_the_memory_of_large_tensors(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)

@@ -86,6 +86,7 @@ def start_accelerator(
         if _DEVICE_VARIABLE not in os.environ:
             raise
         raise _unusable(os.environ[_DEVICE_VARIABLE], error) from error
+    _refuse_lone_rank(accelerator)
     _check_device(accelerator, machine.cpu)
     show_log(accelerator.is_main_process)
     use_threads(accelerator, machine.num_threads)
@@ -114,6 +115,16 @@ def _check_tracker(name: str | None) -> None:
         raise UserError(f"--report-to must be one of {', '.join(known)}, got {name}")
     if name not in [str(tracker) for tracker in get_available_trackers()]:
         raise UserError(f"--report-to {name}: it is not installed (python -m pip install {name.replace('_', '-')})")
+
+
+def _refuse_lone_rank(accelerator: Accelerator) -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes == 1 and world not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE={world} says that so many processes work together, and each finds itself alone: all would do "
+            "the same and write the same files. Without a GPU give --cpu, with which ranks talk over gloo; or start "
+            "one process (unset WORLD_SIZE)"
+        )
 
 
 def _check_device(accelerator: Accelerator, cpu: bool) -> None:

@@ -68,6 +68,8 @@ class Run:
         self._saved_update: int | None = None
         self._last_time = time.perf_counter()
         self._sample_ids: Sequence[int] = ()
+        # what accelerate was configured to, where no precision was asked for: a resumed run must have it again
+        config = {**config, "mixed_precision": accelerator.mixed_precision}
         self._files = RunFolder(folder, config, resume=options.resume, may_differ=may_differ)
         self._open_folder()
 
