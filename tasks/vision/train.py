@@ -228,7 +228,7 @@ def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1
     model = build_model(config.network, num_classes)
     if config.ghost_batch_size is not None:
         convert_ghost_batch_norm(model, config.ghost_batch_size or None)
-        if not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
+        if config.ghost_batch_size and not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
             raise UserError(f"--ghost-batch-size: {config.network} has no batch norm over images; leave it out")
     elif num_copies > 1 and any(isinstance(x, nn.BatchNorm2d) for x in model.modules()):
         logger.info(
