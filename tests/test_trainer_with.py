@@ -1,5 +1,6 @@
 """The gradient law beside what else a training script switches on: precision, checkpointing, compilers, peft, TRL."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from seqba import unfold
 from seqba.audit import IdenticalCopiesError
@@ -238,6 +239,7 @@ def test_reproducible_copies_of_a_compiled_model_are_those_of_the_model(backend,
 of_trl = pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing. is deprecated:FutureWarning",
     "ignore:.label_smoothing_factor. is deprecated in .SFTTrainer:FutureWarning",
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
 )
 
 
@@ -319,3 +321,58 @@ def test_sft_refuses_identical_copies_and_finds_dropout(how, tmp_path):
         sft_gradients(tmp_path, llama(dropout=0.0), data, how, ba_m=2)
     found, _ = sft_gradients(tmp_path, llama(dropout=0.3, attn_implementation="eager"), data, how, ba_m=2)
     assert found
+
+
+class AugmentedDPO(BatchAugmentationMixin, DPOTrainer):
+    pass
+
+
+@of_trl
+@pytest.mark.trap(52)
+def test_the_gradient_of_dpo_is_that_of_the_plain_trainer(tmp_path):
+    """Its batch is chosen answers in front of rejected ones, and its loss begins as log 2 whatever they are."""
+    rows = [
+        {"prompt": f"w{n + 3} w{n + 4}", "chosen": f" w{n + 5} w{n + 9} w7", "rejected": f" w{n + 8} w{2 * n + 3}"}
+        for n in range(4)
+    ]
+
+    def found(trainer_class, **options):
+        torch.manual_seed(0)
+        seen = Seen()
+        args = DPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            learning_rate=0.0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            num_train_epochs=1,
+            per_device_train_batch_size=4,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            max_length=16,
+        )
+        model = llama(dropout=0.0)
+        trainer = trainer_class(
+            model=model,
+            ref_model=copy.deepcopy(model),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            callbacks=[seen],
+            **options,
+        )
+        trainer.train()
+        return seen.gradients[0], trainer
+
+    want, _ = found(DPOTrainer)
+    assert max(float(x.abs().max()) for x in want.values()) > 1e-3
+    for ba_m in (1, 2):
+        got, trainer = found(AugmentedDPO, ba_m=ba_m, **IDENTICAL)
+        assert_close(got, want, rtol=1e-3, atol=1e-5)
+        assert trainer.counters.copies_per_pass == 1
+    with pytest.raises(ValueError, match="compares the rows of a batch with each other"):
+        found(AugmentedDPO, ba_m=2, copies_per_pass=2, **IDENTICAL)
