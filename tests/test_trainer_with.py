@@ -39,8 +39,8 @@ def copies_one_by_one(model, batches, num_copies, seed):
     model.train()
     tokens = num_copies * sum(token_loss(model, batch)[1] for batch in batches)
     for shard, batch in enumerate(batches):
-        for copy in range(num_copies):
-            with copy_streams((copy,), seed=seed, update=1, shard=shard):
+        for m in range(num_copies):
+            with copy_streams((m,), seed=seed, update=1, shard=shard):
                 (token_loss(model, batch)[0] / tokens).backward()
     want = gradients(model)
     model.zero_grad()
