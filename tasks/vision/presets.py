@@ -28,7 +28,7 @@ _IMAGENET: dict[str, Any] = {
 _RESNET50 = _IMAGENET | {"network": "torchvision/resnet50"}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "generated": {"cutout_size": 4, "ghost_batch_size": 0, "lr_drops": [55.0, 75.0], "max_updates": 500},
+    "generated": {"cutout_size": 4, "lr_drops": [55.0, 75.0], "max_updates": 500},
     "resnet44-cifar10": _RESNET44,
     "resnet44-cifar100": _RESNET44,
     # half of the iterations: the paper has a larger rate and faster drops, and does not say which
