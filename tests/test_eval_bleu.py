@@ -63,6 +63,19 @@ def text(tmp_path):
 # ---- the script, end to end
 
 
+@pytest.mark.trap(58)
+def test_the_tokeniser_that_is_asked_for_scores_and_compares(models, text, tmp_path, run_script):
+    folders = [models[family] for family in list(SEQ2SEQ)[:2]]
+    options = ["--model", *folders, "--test-prefix", text, "--output-dir", tmp_path / "out", "--cpu"]
+    verdict = run_script(*options, "--bleu-tokenize", "char", "--num-beams", "1")
+    assert verdict.status == 0, verdict.error
+    test = json.loads((tmp_path / "out" / "results.json").read_text())["tests"]["test"]
+    signatures = [score["signature"] for one in test["systems"].values() for score in one["scores"][:1]]
+    signatures += [score["signature"] for score in test["paired_bootstrap"] if score["metric"] == "BLEU"]
+    assert len(signatures) == 4
+    assert all("tok:char" in signature for signature in signatures)
+
+
 @pytest.mark.trap(36)
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_a_folder_of_any_family_is_translated_scored_and_described(family, models, text, tmp_path, run_script):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from tasks.scoring.bleu import paired_bootstrap, score_all
+from tasks.cli.errors import UserError
+from tasks.finetuning.config import FinetuningConfig
+from tasks.scoring.bleu import bleu_tokenizer, paired_bootstrap, score_all, score_bleu
 from tasks.scoring.tokenized_bleu import CompoundTokenizer, tokenized_bleu
+from tasks.translation.config import parse_config
 from word_tokenizer import sentences
 
 SOURCES = sentences(9, longest=8)
@@ -87,3 +90,38 @@ def test_equal_systems_do_not_differ_and_the_seed_is_given_back(monkeypatch):
     other = paired_bootstrap({"a": SOURCES, "b": SOURCES}, REFERENCES, num_samples=30, seed=6)
     assert first[0].mean != other[0].mean
     assert first == paired_bootstrap({"a": SOURCES, "b": SOURCES}, REFERENCES, num_samples=30, seed=5)
+
+
+@pytest.mark.trap(58)
+@pytest.mark.parametrize(
+    ("lang", "tokenizer"),
+    [("de", "13a"), (None, "13a"), ("zh", "zh"), ("zh_CN", "zh"), ("zho_Hans", "zh"), ("th", "char"), ("ron", "13a")],
+)
+def test_bleu_is_tokenised_by_the_target_language(lang, tokenizer):
+    assert bleu_tokenizer(lang) == tokenizer
+    assert bleu_tokenizer(lang, "char") == "char"
+    assert bleu_tokenizer("ja") in ("ja-mecab", "char")  # the first where MeCab is installed
+
+
+@pytest.mark.trap(58)
+def test_text_without_spaces_has_a_bleu_and_its_signature_says_the_tokeniser():
+    references = ["我喜欢在公园里读书，因为那里很安静。", "他昨天买了一辆新的自行车。"]
+    hypotheses = ["我喜欢在公园里看书，因为那里很安静。", "他昨天买了一辆新自行车。"]
+    assert score_bleu(hypotheses, references, "greedy").bleu < 1  # each sentence is one word
+    score = score_bleu(hypotheses, references, "greedy", bleu_tokenizer("zh"))
+    assert score.bleu > 50
+    assert "tok:zh" in score.signature
+    assert "tok:zh" in score_all(hypotheses, references, "de", "zh")[0].signature
+    systems = {"a": hypotheses, "b": references}
+    compared = paired_bootstrap(systems, references, num_samples=5, seed=1, tokenizer="zh")
+    assert compared[0].value == pytest.approx(score.bleu)
+    assert "tok:zh" in compared[0].signature
+
+
+@pytest.mark.parametrize("asked", ["13b", "ja-mecab"])
+def test_a_tokeniser_that_cannot_be_had_is_refused_with_the_options(asked):
+    if asked == "ja-mecab" and bleu_tokenizer("ja") == asked:
+        pytest.skip("MeCab is installed")
+    for made in (lambda: parse_config(["--bleu-tokenize", asked]), lambda: FinetuningConfig(bleu_tokenize=asked)):
+        with pytest.raises(UserError, match=f"the BLEU tokeniser .*{asked}"):
+            made()

@@ -94,7 +94,7 @@ def killed_at(last, monkeypatch):
 
 
 def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
-    folder = run(tmp_path / "run", cache)
+    folder = run(tmp_path / "run", cache, bleu_tokenize="char")
     assert {p.name for p in folder.iterdir()} >= {
         "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png"
     }  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
     assert (folder / "curve.png").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert results["num_processes"] == 1
-    assert results["tests"]["generated"]["signature"].startswith("nrefs:1|case:mixed")
+    assert results["tests"]["generated"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:char")
     assert results["seconds"] > 0
     said = capsys.readouterr().out
     assert f"test generated: BLEU {results['tests']['generated']['bleu']:.2f}" in said

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
 from tasks.cli.options import OptionParser, check_choices, option
+from tasks.scoring.bleu import bleu_tokenizer
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
 TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
@@ -19,7 +20,7 @@ TASKS = (SEQ2SEQ, CAUSAL, CLASSIFICATION)
 # Options that mean something to some tasks only.
 _OF_TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("source_column", "target_column", "source_lang", "target_lang", "source_code", "target_code",
-                     "source_prefix", "num_beams", "length_penalty"), (SEQ2SEQ,)),
+                     "source_prefix", "num_beams", "length_penalty", "bleu_tokenize"), (SEQ2SEQ,)),
     "text_column": (CAUSAL, CLASSIFICATION),
     **dict.fromkeys(("text_pair_column", "label_column"), (CLASSIFICATION,)),
 }  # fmt: skip
@@ -64,6 +65,7 @@ class FinetuningConfig:
     valid_share: float = option(0.05, "share of the training split that is held out where there is no validation split")
     num_beams: int = option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}")
     length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
+    bleu_tokenize: str | None = option(None, "tokeniser of sacreBLEU (13a, char, zh ...); by default by the language")
     cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class FinetuningConfig:
             raise UserError(f"--num_beams must be at least 1, got {self.num_beams}")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length_penalty must be finite, got {self.length_penalty}")
+        bleu_tokenizer(self.target_lang or self.target_code, self.bleu_tokenize)
         if not 0 < self.valid_share < 1:
             raise UserError(f"--valid_share must be above 0 and below 1, got {self.valid_share}")
         if self.model is None and self.dataset is not None:

@@ -23,7 +23,7 @@ LAST = "last"
 _LAST = (LAST, "true", "True")
 
 # what a resumed run may change: nothing that reaches the weights
-_MAY_DIFFER = ("num_beams", "length_penalty", "cache_dir", "copies_per_pass", "allow_identical_copies")
+_MAY_DIFFER = ("num_beams", "length_penalty", "bleu_tokenize", "cache_dir", "copies_per_pass", "allow_identical_copies")
 
 # options of transformers that do reach them, as versions of it name them
 _TRAINING = (

@@ -26,7 +26,7 @@ from tasks.finetuning.metric import metrics_for
 from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
 from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, prepare_folder
 from tasks.models.pretrained import load_config_and_tokenizer
-from tasks.scoring.bleu import one_line_each, score_bleu
+from tasks.scoring.bleu import bleu_tokenizer, one_line_each, score_bleu
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ def _translate(config: FinetuningConfig, trainer: BatchAugmentationTrainer, test
     references = [text or "" for text in test["target"]]
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     found, _ = one_line_each(translate(trainer.accelerator, model, tokenizer, sources, decoding=decoding))
-    score = score_bleu(found, references, str(decoding))
+    tokenizer_of_bleu = bleu_tokenizer(config.target_lang or config.target_code, config.bleu_tokenize)
+    score = score_bleu(found, references, str(decoding), tokenizer_of_bleu)
     if trainer.is_world_process_zero():
         write_text(Path(trainer.args.output_dir, _HYPOTHESES), "".join(f"{line}\n" for line in found))
     return {"test_bleu": score.bleu, "test_bleu_signature": score.signature, "test_bleu_decoding": score.decoding}

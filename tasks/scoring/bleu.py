@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest, Result
 
+from tasks.cli.errors import UserError
 from tasks.scoring.tokenized_bleu import describe_tokenized_bleu, tokenized_bleu
 
+DEFAULT_TOKENIZER = "13a"
+BLEU_TOKENIZERS = (DEFAULT_TOKENIZER, "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
+_OF_LANGUAGE = {"zh": ("zh",), "ja": ("ja-mecab", "char"), "ko": ("ko-mecab", "char"), "th": ("char",), "lo": ("char",)}
 _SEED_VARIABLE = "SACREBLEU_SEED"  # sacreBLEU reads its seed there and nowhere else
 
 
@@ -57,29 +62,72 @@ class PairedScore:
     signature: str
 
 
-def score_bleu(hypotheses: Sequence[str], references: Sequence[str], decoding: str) -> BleuScore:
-    """Corpus BLEU of detokenised text, by sacreBLEU.
+def bleu_tokenizer(target_lang: str | None, asked: str | None = None) -> str:
+    """sacreBLEU's tokeniser for a language: 13a, but for those that put no spaces between words.
+
+    Of Japanese and Korean by MeCab where that is installed (`pip install sacrebleu[ja]`), else by characters.
+
+    Args:
+        target_lang: its code, such as de, zh_CN or jpn; None where it is not known.
+        asked: the tokeniser that is wanted instead.
+
+    Raises:
+        UserError: it is unknown, or not installed.
+
+    >>> bleu_tokenizer("zh_CN"), bleu_tokenizer("de"), bleu_tokenizer("de", "intl")
+    ('zh', '13a', 'intl')
+    """
+    if asked is not None:
+        if asked not in BLEU_TOKENIZERS:
+            raise UserError(f"the BLEU tokeniser must be one of {', '.join(BLEU_TOKENIZERS)}, got {asked}")
+        if not _is_installed(asked):
+            raise UserError(f"the BLEU tokeniser {asked} is not installed (pip install 'sacrebleu[{asked[:2]}]')")
+        return asked
+    code = re.split("[-_]", (target_lang or "").lower())[0]
+    two = {"zho": "zh", "cmn": "zh", "jpn": "ja", "jap": "ja", "kor": "ko", "tha": "th", "lao": "lo"}.get(code, code)
+    return next(name for name in (*_OF_LANGUAGE.get(two, ()), DEFAULT_TOKENIZER) if _is_installed(name))
+
+
+def _is_installed(tokenizer: str) -> bool:
+    try:
+        BLEU(tokenize=tokenizer)
+    except (RuntimeError, ImportError):
+        return False
+    return True
+
+
+def score_bleu(
+    hypotheses: Sequence[str], references: Sequence[str], decoding: str, tokenizer: str = DEFAULT_TOKENIZER
+) -> BleuScore:
+    """Corpus BLEU of detokenised text, by sacreBLEU; its signature names the tokeniser.
 
     Raises:
         ValueError: the numbers of lines differ, or there are none.
     """
-    score = _score(BLEU(), hypotheses, references)
+    score = _score(BLEU(tokenize=tokenizer), hypotheses, references)
     return BleuScore(score.value, score.signature, decoding)
 
 
-def score_all(hypotheses: Sequence[str], references: Sequence[str], target_lang: str) -> list[Score]:
+def score_all(
+    hypotheses: Sequence[str], references: Sequence[str], target_lang: str, tokenizer: str = DEFAULT_TOKENIZER
+) -> list[Score]:
     """sacreBLEU's BLEU, chrF, and the tokenised BLEU of older papers (`tokenized_bleu`), in this order.
 
     Raises:
         ValueError: the numbers of lines differ, or there are none.
     """
-    scores = [_score(metric, hypotheses, references) for metric in (BLEU(), CHRF())]
+    scores = [_score(metric, hypotheses, references) for metric in (BLEU(tokenize=tokenizer), CHRF())]
     tokenized = tokenized_bleu(hypotheses, references, target_lang)
     return [*scores, Score("tokenised BLEU", tokenized, describe_tokenized_bleu(target_lang))]
 
 
 def paired_bootstrap(
-    systems: Mapping[str, Sequence[str]], references: Sequence[str], *, num_samples: int, seed: int
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    *,
+    num_samples: int,
+    seed: int,
+    tokenizer: str = DEFAULT_TOKENIZER,
 ) -> list[PairedScore]:
     """Compare every system with the first by paired bootstrap resampling (Koehn 2004): BLEU of all, then chrF.
 
@@ -97,7 +145,7 @@ def paired_bootstrap(
     with _sacrebleu_seed(seed):
         test = PairedTest(
             [(name, list(hypotheses)) for name, hypotheses in systems.items()],
-            {"BLEU": BLEU(), "chrF": CHRF()},
+            {"BLEU": BLEU(tokenize=tokenizer), "chrF": CHRF()},
             [list(references)],
             test_type="bs",
             n_samples=num_samples,

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from tasks.cli.errors import UserError
 from tasks.cli.options import OptionParser, check_choices, check_least, flag, option
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
+from tasks.scoring.bleu import bleu_tokenizer
 from tasks.text.hub import describe
 from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
 
@@ -75,6 +76,7 @@ class TranslationConfig:
     # decoding
     num_beams: int = option(4, "beam width of the search for translations")
     length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
+    bleu_tokenize: str | None = option(None, "tokeniser of sacreBLEU (13a, char, zh ...); by default by the language")
 
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
@@ -88,6 +90,7 @@ class TranslationConfig:
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
         check_choices(self, {"lr_decay": LR_DECAYS})
+        bleu_tokenizer(self.target_lang, self.bleu_tokenize)
         if self.width % (2 * self.num_heads):
             raise UserError(f"--width must be a multiple of 2 * --num-heads = {2 * self.num_heads}, got {self.width}")
         named = [bool(self.train_prefix), self.valid_prefix is not None]
@@ -121,7 +124,7 @@ def run_folder(options: TranslationOptions) -> str:
 def may_differ(config: TranslationConfig) -> tuple[str, ...]:
     """The options that a resumed run may change: nothing that reaches the weights. (Text is compared by content.)"""
     own = ("cache_dir", "data_dir", "train_prefix", "valid_prefix", "test_prefix", "num_proc", "num_beams")
-    names = (*MAY_DIFFER, *own, "length_penalty")
+    names = (*MAY_DIFFER, *own, "length_penalty", "bleu_tokenize")
     if config.lr_decay == "inverse-sqrt":
         return names
     return tuple(name for name in names if name != "max_updates")  # the learning rate falls towards it

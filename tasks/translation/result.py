@@ -37,18 +37,21 @@ def write_result(
     max_length: int,
     *,
     languages: tuple[str, str],
+    tokenizer: str,
     made_by: Mapping[str, str],
 ) -> None:
     """Score every test set by itself, and write `hyp.*.txt`, `model/` and `results.json` into the run folder.
 
-    The model has the weights of the best checkpoint; `decoding` becomes its folder's default, and `languages` and
-    `made_by` (how it was trained) stand in its card.
+    The model has the weights of the best checkpoint; `decoding` becomes its folder's default, `tokenizer` is
+    BLEU's, and `languages` and `made_by` (how it was trained) stand in its card.
     """
     model.generation_config = decoding_config(
         model, num_beams=decoding.num_beams, length_penalty=decoding.length_penalty, max_length=max_length
     )
     files = dict(zip(corpus.tests, hypothesis_files(list(corpus.tests)), strict=True))
-    scores = {name: _score(run, corpus, model, name, files[name], decoding, max_length) for name in corpus.tests}
+    scores = {
+        name: _score(run, corpus, model, name, files[name], decoding, max_length, tokenizer) for name in corpus.tests
+    }
     if run.accelerator.is_main_process:
         updates = run.progress.best_update or run.progress.update
         rows = {
@@ -80,7 +83,14 @@ def write_result(
 
 
 def _score(
-    run: Run, corpus: Corpus, model: MarianMTModel, name: str, file: str, decoding: Decoding, max_length: int
+    run: Run,
+    corpus: Corpus,
+    model: MarianMTModel,
+    name: str,
+    file: str,
+    decoding: Decoding,
+    max_length: int,
+    tokenizer: str,
 ) -> BleuScore:
     text = corpus.tests[name]
     cut = count_truncated(model, corpus.tokenizer, text.source)
@@ -91,4 +101,4 @@ def _score(
     if run.accelerator.is_main_process:
         lines, _ = one_line_each(hypotheses)
         write_text(run.folder / file, "".join(f"{line}\n" for line in lines))
-    return score_bleu(hypotheses, text.target, str(decoding))
+    return score_bleu(hypotheses, text.target, str(decoding), tokenizer)

@@ -26,6 +26,7 @@ from tasks.run.guards import INTERRUPTED
 from tasks.run.loop import Run, set_learning_rate
 from tasks.run.progress import Figures
 from tasks.run.stream import SAMPLE_IDS, BatchStream
+from tasks.scoring.bleu import bleu_tokenizer
 from tasks.translation.config import TranslationConfig, TranslationOptions, may_differ, run_folder
 from tasks.translation.data import lengths
 from tasks.translation.model import TranslationLoss, count_labels, count_parameters, summed_loss
@@ -115,7 +116,10 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
     with run.writing(folder):
         decoding = Decoding(config.num_beams, config.length_penalty)
         languages, made_by = (config.source_lang, config.target_lang), describe_training(options)
-        write_result(run, corpus, model, decoding, config.max_length, languages=languages, made_by=made_by)
+        tokenizer = bleu_tokenizer(config.target_lang, config.bleu_tokenize)
+        write_result(
+            run, corpus, model, decoding, config.max_length, languages=languages, made_by=made_by, tokenizer=tokenizer
+        )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from tasks.cli.machine import MachineOptions, parse_with_machine
 from tasks.cli.options import check_choices, check_least, option
 from tasks.decoding.search import GNMT_RERANK, LENGTH_PENALTIES, POWER, Decoding
 from tasks.models.names import check_models
+from tasks.scoring.bleu import bleu_tokenizer
 
 _LEAST = {"num_beams": 1, "mc_dropout": 0, "num_samples_bootstrap": 1, "seed": 1, "max_tokens": 1}
 
@@ -41,6 +42,8 @@ class EvaluationConfig:
     target_code: str | None = option(None, "the tokenizer's code of the target language (de_DE)")
     source_prefix: str = option("", 'text put before every source, such as T5\'s "translate English to German: "')
 
+    bleu_tokenize: str | None = option(None, "tokeniser of sacreBLEU (13a, char, zh ...); by default by the language")
+
     # search
     num_beams: int = option(4, "beam width; 1 is greedy")
     length_penalty: float = option(0.6, "a, the exponent of the length penalty; L counts pieces, eos included")
@@ -67,6 +70,7 @@ class EvaluationConfig:
         check_models(self.model)
         self._check_search()
         self._check_text()
+        bleu_tokenizer(self.target_lang, self.bleu_tokenize)
 
     @property
     def decoding(self) -> Decoding:

@@ -19,7 +19,7 @@ from tasks.decoding.mc_dropout import has_dropout
 from tasks.decoding.search import count_truncated, describe_other_settings, translate
 from tasks.models.names import short_names
 from tasks.models.pretrained import load_translator, use_languages
-from tasks.scoring.bleu import one_line_each, paired_bootstrap, score_all
+from tasks.scoring.bleu import bleu_tokenizer, one_line_each, paired_bootstrap, score_all
 from tasks.scoring.folder import REMEDY, keep_results, new_folder
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.text.parallel import OPENERS, DataError, ParallelText, read_lines
@@ -144,13 +144,17 @@ def _score(config: EvaluationConfig, found: dict[str, dict[str, Any]], text: Par
     if config.output_dir is None:
         for one in found.values():
             del one["file"]
+    tokenizer = bleu_tokenizer(config.target_lang, config.bleu_tokenize)
     systems = {
-        name: one | {"scores": [asdict(score) for score in score_all(lines[name], text.target, config.target_lang)]}
+        name: one
+        | {"scores": [asdict(score) for score in score_all(lines[name], text.target, config.target_lang, tokenizer)]}
         for name, one in found.items()
     }
     test: dict[str, Any] = {"sentences": len(text), "systems": systems}
     if len(lines) > 1:
-        compared = paired_bootstrap(lines, text.target, num_samples=config.num_samples_bootstrap, seed=config.seed)
+        compared = paired_bootstrap(
+            lines, text.target, num_samples=config.num_samples_bootstrap, seed=config.seed, tokenizer=tokenizer
+        )
         test["paired_bootstrap"] = [asdict(score) for score in compared]
     return test
 
