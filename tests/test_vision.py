@@ -576,7 +576,8 @@ def test_what_a_network_cannot_do_is_refused_before_a_folder_is_made(changes, me
 
 @pytest.mark.slow
 def test_networks_with_classifiers_beside_the_last_one_are_made_without_them(tmp_path):
-    run(tmp_path / "run", network="torchvision/googlenet", image_size=64, max_updates=1, eval_every=1)
+    folder = run(tmp_path / "run", network="torchvision/googlenet", image_size=64, max_updates=1, eval_every=1)
+    assert load_classifier(str(folder / "model")).model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
 def test_a_batch_larger_than_the_images_is_refused(tmp_path):

@@ -130,10 +130,10 @@ class _Auditor:
         few, many = self.trace_pair(coin=1.0, host_seed=0)
         for coin in _COINS if many.one_number else ():
             self.trace_pair(coin=coin, host_seed=0)
-        if not self.findings.per_copy:
-            self.trace_pair(coin=1.0, host_seed=0, backward=True)
         for host_seed in range(1, _HOST_TRACES if many.words else 0):
             self.trace_pair(coin=1.0, host_seed=host_seed)
+        if not self.findings.per_copy:
+            self.trace_pair(coin=1.0, host_seed=0, backward=True)
         rows = self.rows()
         run = self.held_runner(few, many)
         if run is not None and self.findings.per_copy and not self.findings.per_copy_hosts:
