@@ -155,7 +155,7 @@ def test_another_text_tokenizer_or_limit_is_encoded_anew(tokenizer, tmp_path):
         )
     ]
     assert len(set(files)) == len(files)
-    assert len(list((tmp_path / "pairs").iterdir())) == len(files)
+    assert len(list((tmp_path / "pairs").glob("pairs-*"))) == len(files)
 
 
 def test_an_interrupted_encoding_leaves_nothing(tokenizer, tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_an_interrupted_encoding_leaves_nothing(tokenizer, tmp_path, monkeypatch
         patch.setattr(LengthLimit, "broken_by", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode_pairs(TEXT, tokenizer, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
     assert len(encode_pairs(TEXT, tokenizer, cache_dir=tmp_path)[0]) == len(TEXT)
 
 
@@ -221,7 +221,7 @@ def test_short_pairs_may_be_nine_times_apart():
 def test_a_text_of_which_nothing_is_left_is_an_error_and_not_cached(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"no pair is left of 1: dropped 1 empty"):
         encode_pairs(ParallelText(["a"], [""]), tokenizer, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{path.name} holds tensors only, but {name!r} is a {type(x).__name__}")
     ties = find_ties(state)
     save_file({name: x.contiguous() for name, x in state.items() if name not in ties}, path, metadata=ties)
+    follow_umask(path)
+
+
+def follow_umask(*files: Path) -> None:
+    """Give files the mode that the umask allows: safetensors makes its own readable by their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)
 
 
 def find_ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -91,8 +100,8 @@ def _manifest_text(update: int, files: Mapping[str, Mapping[str, int]]) -> str:
     return json.dumps(manifest, indent=1)
 
 
-def write_manifest(folder: Path, update: int) -> None:
-    """Seal every file of a checkpoint's folder; the last file to be written."""
+def write_manifest(folder: Path, update: int = 0) -> None:
+    """Seal every file of a folder, such as a checkpoint's; the last file to be written."""
     files = {path.name: _seal(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(_manifest_text(update, files), encoding="utf-8")
     fsync(folder / MANIFEST)
@@ -111,12 +120,17 @@ def disk_error(error: BaseException) -> OSError | None:
 
 def checkpoint_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None; every file is read."""
+    return manifest_fault(path, {MODEL, RNG, COUNTERS})
+
+
+def manifest_fault(path: Path, needed: Collection[str] = ()) -> str | None:
+    """What is wrong with a folder that `write_manifest` sealed, or None; every file is read."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         if text != _manifest_text(manifest["update"], manifest["files"]):
             return f"{MANIFEST} was changed after it was written"
-        missing = {MODEL, RNG, COUNTERS} - manifest["files"].keys()
+        missing = set(needed) - manifest["files"].keys()
         if missing:
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
         faults = (_file_fault(path / name, entry) for name, entry in manifest["files"].items())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from seqba.checkpoint.files import follow_umask
 from tasks.cli.files import write_text
 
 
@@ -30,6 +31,7 @@ def save_model_folder(
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    follow_umask(*folder.glob("*.safetensors"))
     write_card(
         folder,
         title=title,

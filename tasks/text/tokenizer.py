@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 import sentencepiece
 from transformers import MarianTokenizer
 
+from tasks.cli.cache import fill_cache
 from tasks.text.parallel import DataError, ParallelText, fingerprint
 
 # SentencePiece's ids are the ids of vocab.json, so that its own batch encoder gives the model's ids.
@@ -58,10 +57,7 @@ def train_tokenizer(text: ParallelText, vocab_size: int, cache_dir: str | Path) 
         DataError: the text is blank, or `vocab_size` is more than it allows or less than its characters need.
     """
     folder = Path(cache_dir) / f"tokenizer-{_cache_key(text, vocab_size)}"
-    if not folder.is_dir():
-        model = _train_sentencepiece(text, vocab_size)
-        with atomic_folder(folder) as unfinished:
-            _write_tokenizer(model, unfinished)
+    fill_cache(folder, lambda unfinished: _write_tokenizer(_train_sentencepiece(text, vocab_size), unfinished))
     return folder
 
 
@@ -90,27 +86,6 @@ def tokenizer_fingerprint(tokenizer: MarianTokenizer) -> str:
     vocabulary = [tokenizer.encoder, getattr(tokenizer, "target_encoder", None), tokenizer.get_added_vocab()]
     digest.update(json.dumps(vocabulary, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a new folder to fill, and move it to `folder` once the block ends without an error.
-
-    A kill leaves at most a hidden temporary folder. Where another process was first, its folder stays:
-    use this for content that its name determines.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is the owner's alone
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _cache_key(text: ParallelText, vocab_size: int) -> str:

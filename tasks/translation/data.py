@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import MarianTokenizer
 
 from seqba.loss import IGNORE_INDEX
+from tasks.cli.cache import fill_cache
 from tasks.text.encoding import LineEncoder
 from tasks.text.parallel import DROP_REASONS, DataError, ParallelText, describe_dropped, fingerprint
-from tasks.text.tokenizer import atomic_folder, load_tokenizer, tokenizer_fingerprint
+from tasks.text.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 _CHUNK = 10_000  # pairs encoded at once: a record batch of the file
 _LAYOUT = 3  # of the folder; raise it and cached folders are made anew
@@ -90,15 +91,14 @@ def encode_pairs(
     if not isinstance(tokenizer, MarianTokenizer):
         tokenizer = load_tokenizer(tokenizer)
     folder = Path(cache_dir) / f"pairs-{_cache_key(text, tokenizer, limit)}"
-    if not folder.is_dir():
-        with atomic_folder(folder) as unfinished:
-            counts = _write_pairs(unfinished / "pairs.arrow", text, tokenizer, limit, num_proc)
-            (unfinished / "counts.json").write_text(json.dumps(counts))
-    try:
-        counts = json.loads((folder / "counts.json").read_text())
-        return datasets.Dataset.from_file(str(folder / "pairs.arrow")), counts
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"the cached pairs in {folder} cannot be read ({error}); remove that folder") from error
+
+    def fill(unfinished: Path) -> None:
+        counts = _write_pairs(unfinished / "pairs.arrow", text, tokenizer, limit, num_proc)
+        (unfinished / "counts.json").write_text(json.dumps(counts))
+
+    fill_cache(folder, fill)
+    counts = json.loads((folder / "counts.json").read_text())
+    return datasets.Dataset.from_file(str(folder / "pairs.arrow")), counts
 
 
 def lengths(dataset: datasets.Dataset, column: str = "length") -> NDArray[np.int32]:

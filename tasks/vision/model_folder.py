@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from seqba.checkpoint.files import follow_umask
 from tasks.cli.errors import UserError, reason_of
 from tasks.cli.files import write_json
 from tasks.models.folder import write_card
@@ -57,6 +58,7 @@ def save_classifier(folder: Path, classifier: Classifier, *, made_by: Mapping[st
     folder.mkdir(exist_ok=True)
     state = {name: x.detach().contiguous() for name, x in classifier.model.state_dict().items()}
     save_file(state, str(folder / _WEIGHTS), metadata={"format": "pt"})
+    follow_umask(folder / _WEIGHTS)
     write_json(
         folder / _CONFIG,
         {"network": classifier.network, "classes": list(classifier.classes), "views": asdict(classifier.views)},
