@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoints import FILES, OPTIMIZERS, VOCABULARY, WIDTH, assert_bitwise, make, names, save, step
+from seqba.checkpoint import (
+    checkpoint_fault,
+    find_checkpoint,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from seqba.checkpoint import files as checkpoint_files
-from seqba.checkpoint import find_checkpoint, load_checkpoint, rng_state, set_rng_state
 from seqba.sampler import TokenBatchSampler
 from seqba.schedule import inverse_sqrt
 
@@ -39,6 +47,34 @@ def test_a_resumed_model_and_optimizer_are_bitwise_those_saved(tmp_path, optimiz
         step(m, o, seed=50)
     assert_bitwise(again.state_dict(), model.state_dict())
     assert_bitwise(optim_again.state_dict(), optim.state_dict())
+
+
+def test_a_tensor_that_is_a_slice_of_another_is_saved_and_filled(tmp_path):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3))
+            self.register_buffer("head", self.weight.detach()[1:3])
+            self.register_buffer("column", self.weight.detach()[:, 1])
+
+    model, again = Sliced(), Sliced()
+    save_checkpoint(tmp_path, 1, model=model, counters={}, rng=[rng_state()])
+    load_checkpoint(tmp_path / "update-000001", model=again)
+    assert_bitwise(again.state_dict(), model.state_dict())
+    with torch.no_grad():
+        again.weight[1] = 7.0
+    assert float(again.head[0, 0]) == 7.0  # still a view
+
+
+def test_two_writers_of_one_folder_do_not_meet(tmp_path):
+    def write(update):
+        for _ in range(5):
+            save(tmp_path, update, keep=10)
+
+    with ThreadPoolExecutor(2) as writers:
+        list(writers.map(write, (3, 3)))
+    assert names(tmp_path) == ["update-000003"]
+    assert checkpoint_fault(tmp_path / "update-000003") is None
 
 
 def test_the_rest_comes_back_as_it_was(tmp_path):

@@ -46,9 +46,11 @@ def brought(names):
 
 
 def test_the_library_imports_torch_transformers_accelerate_and_numpy_alone():
-    allowed = {*NEEDED, "safetensors", "seqba", *sys.stdlib_module_names}  # safetensors comes with transformers
+    # safetensors comes with transformers, filelock with torch
+    allowed = {*NEEDED, "safetensors", "filelock", "seqba", *sys.stdlib_module_names}
     assert len(LIBRARY) > 20
     assert "safetensors" in brought(["transformers"])
+    assert "filelock" in brought(["torch"])
     assert {file.name: names for file in LIBRARY if (names := set(imported(file)) - allowed)} == {}
 
 

@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,13 @@ def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
     assert {p.name for p in folder.iterdir()} >= {
         "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png"
     }  # fmt: skip
-    assert json.loads((folder / "config.json").read_text())["ba_m"] == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert config["ba_m"] == 2
+    assert config["software"]["torch"] == version("torch")
+    assert config["software"]["transformers"] == version("transformers")
+    card = (folder / "model" / "README.md").read_text()
+    assert "| mixed precision | no, 1 process(es) on cpu |" in card
+    assert f"torch {version('torch')}" in card
     logged = read_metrics(folder / "metrics.jsonl")
     assert [row["update"] for row in logged] == [2, 3, 4, 6, 8]
     wanted = {"update", "loss", "lr", "grad_norm", "clip_fraction", "unique_samples", "seen_instances",
@@ -175,6 +182,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, cache, monkeypa
     assert torch.equal(*(w["model.shared.weight"] for w in (
         weights(tmp_path / "run"), weights(run(tmp_path / "straight", cache, save_every=2))
     )))  # fmt: skip
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_of_a_run_follow_the_umask(umask, tmp_path, cache):
+    before = os.umask(umask)
+    try:
+        folder = run(tmp_path / "run", cache, max_updates=2)
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".pt", ".png"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
+
+
+def test_a_resume_with_other_versions_goes_on_and_says_so(tmp_path, cache, capsys):
+    run(tmp_path / "run", cache, max_updates=2)
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["software"]["torch"] = "2.0"
+    file.write_text(json.dumps(config))
+    run(tmp_path / "run", cache, max_updates=4, resume=True)
+    assert f"other software (torch was 2.0, is {version('torch')})" in capsys.readouterr().out
+    assert json.loads(file.read_text())["software"]["torch"] == version("torch")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_and_another_configuration_is_named(tmp_path, cache):

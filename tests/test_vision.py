@@ -111,6 +111,8 @@ def test_a_run_leaves_a_complete_folder_whose_model_scores_what_it_says(finished
     card = (finished / "model" / "README.md").read_text()
     for part in (f"top-1 accuracy {correct / 30:.2%}", "M | 2 (copies", "crop with 4 pixels", "load_classifier"):
         assert part in card, part
+    modes = [file.stat().st_mode for file in (finished / "model" / "model.safetensors", finished / "results.json")]
+    assert modes[0] == modes[1]
     with Image.open(finished / "transforms.png") as sheet:
         assert sheet.size == (3 * 98 + 2, 4 * 98 + 2)  # four images, each as it is and twice transformed
 

@@ -31,8 +31,14 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         if not isinstance(x, Tensor):
             raise ValueError(f"{path.name} holds tensors only, but {name!r} is a {type(x).__name__}")
     ties = find_ties(state)
-    save_file({name: x.contiguous() for name, x in state.items() if name not in ties}, path, metadata=ties)
+    save_file({name: _alone(x) for name, x in state.items() if name not in ties}, path, metadata=ties)
     follow_umask(path)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A tensor without other tensors in its memory: a slice of one is copied."""
+    x = x.contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def follow_umask(*files: Path) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from seqba.checkpoint.files import (
@@ -107,28 +108,29 @@ def save_checkpoint(
     counters_text = json.dumps(dict(counters), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     fsync(folder.parent)
-    _settle(folder)
-    temporary = folder / f"{TEMPORARY}{final.name}"
-    try:
-        temporary.mkdir()
-        save_tensors(temporary / MODEL, model.state_dict() if isinstance(model, nn.Module) else model)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer.state_dict()
-        if optimizer is not None:
-            save_pt(temporary / OPTIMIZER, dict(optimizer))
-        if tensors is not None:
-            save_tensors(temporary / TENSORS, tensors)
-        save_pt(temporary / RNG, [dict(state) for state in rng])
-        (temporary / COUNTERS).write_text(counters_text, encoding="utf-8")
-        write_manifest(temporary, update)
-        _publish(temporary, final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        cause = disk_error(error)
-        if cause is not None:
-            raise _not_written(final, cause) from error
-        raise
-    _prune(folder, update, keep, pinned)
+    with FileLock(folder.parent / f".{folder.name}.lock"):  # of two writers one waits
+        _settle(folder)
+        temporary = folder / f"{TEMPORARY}{final.name}"
+        try:
+            temporary.mkdir()
+            save_tensors(temporary / MODEL, model.state_dict() if isinstance(model, nn.Module) else model)
+            if isinstance(optimizer, torch.optim.Optimizer):
+                optimizer = optimizer.state_dict()
+            if optimizer is not None:
+                save_pt(temporary / OPTIMIZER, dict(optimizer))
+            if tensors is not None:
+                save_tensors(temporary / TENSORS, tensors)
+            save_pt(temporary / RNG, [dict(state) for state in rng])
+            (temporary / COUNTERS).write_text(counters_text, encoding="utf-8")
+            write_manifest(temporary, update)
+            _publish(temporary, final)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            cause = disk_error(error)
+            if cause is not None:
+                raise _not_written(final, cause) from error
+            raise
+        _prune(folder, update, keep, pinned)
     return final
 
 

@@ -140,6 +140,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
         "parameters": f"{model.num_parameters():,}",
         "updates": f"{best:,} (the checkpoint with the lowest validation loss)",
         **describe_training(options),
+        **run.describe(),
     }
     if asgd.averages:
         made_by["weights"] = "averaged by NT-ASGD"

@@ -1,6 +1,7 @@
 """A run's folder: opened only where nothing is overwritten, and resumed only with the options it was begun with."""
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from tasks.cli.errors import RunError, make_folder, writing
 from tasks.cli.files import write_json, write_text
 from tasks.run.log import read_metrics
+
+logger = logging.getLogger(__name__)
 
 _LEFT_BY_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "results.json", "model")
 _ELSEWHERE = "give another --output-dir"
@@ -52,6 +55,7 @@ class RunFolder:
                 f"{self.config_file} {reason}: the run's options cannot be compared with those it was begun with; "
                 f"restore it, or {_ELSEWHERE}"
             ) from error
+        _say_other_software(before.get("software") or {}, self.config.get("software") or {})
         differing = [
             f"{name} was {before.get(name)!r}, is {self.config.get(name)!r}"
             for name in sorted(before.keys() | self.config.keys())
@@ -84,3 +88,17 @@ class RunFolder:
                 f"{self.metrics_file} has a line that is no row of metrics ({error!r}); take the line out, or move "
                 "the file away to log into a new one"
             ) from error
+
+
+def _say_other_software(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    differing = [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in before.keys() | now.keys()
+        if before.get(name) != now.get(name)
+    ]
+    if before and differing:
+        logger.info(
+            "note: the run was begun with other software (%s); its result may differ in its last digits from that of "
+            "an undisturbed run",
+            "; ".join(sorted(differing)),
+        )

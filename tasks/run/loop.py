@@ -23,6 +23,7 @@ from tqdm import tqdm
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, writing
 from tasks.cli.files import write_json
+from tasks.cli.software import software
 from tasks.run.checkpoints import Saver, Stateful, how_to_go_on
 from tasks.run.folder import RunFolder
 from tasks.run.guards import NonFiniteError, has_finite_weights, stop_signals
@@ -69,8 +70,8 @@ class Run:
         self._last_time = time.perf_counter()
         self._sample_ids: Sequence[int] = ()
         # what accelerate was configured to, where no precision was asked for: a resumed run must have it again
-        config = {**config, "mixed_precision": accelerator.mixed_precision}
-        self._files = RunFolder(folder, config, resume=options.resume, may_differ=may_differ)
+        config = {**config, "mixed_precision": accelerator.mixed_precision, "software": software()}
+        self._files = RunFolder(folder, config, resume=options.resume, may_differ={*may_differ, "software"})
         self._open_folder()
 
     # ---- the folder and its checkpoints
@@ -259,6 +260,15 @@ class Run:
                 write_json(self.folder / "results.json", {**shared, **results})
         self.accelerator.end_training()
 
+    def describe(self) -> dict[str, str]:
+        """What the run was computed with, for the card of its model."""
+        accelerator = self.accelerator
+        return {
+            "mixed precision": f"{accelerator.mixed_precision}, {accelerator.num_processes} process(es) on "
+            f"{accelerator.device.type}",
+            "software": ", ".join(f"{name} {found}" for name, found in software().items()),
+        }
+
     # ---- inside
 
     def _read_pending(self) -> None:
@@ -290,14 +300,14 @@ class Run:
         return bool(self.accelerator.reduce(flags, "sum"))
 
     def _show(self, loss: float) -> None:
-        """Refresh the progress bar's figures: the newest loss, targets a second, samples met and their copies."""
+        """Refresh the progress bar's figures: the newest loss, targets a second (of all copies), samples, instances."""
         if self._bar is None:
             return
         elapsed = max(time.perf_counter() - self._loop_start, 1e-9)
         rate = (self.progress.targets - self._targets_at_start) / elapsed
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, {rate:,.0f} {self.figures.target}s/s, {self.progress.unique_samples:,} unique, "
-            f"{self.progress.seen_instances:,} seen",
+            f"loss {loss:.3f}, {rate:,.0f} {self.figures.target}s/s with copies, "
+            f"{self.progress.unique_samples:,} samples, {self.progress.seen_instances:,} with copies",
             refresh=False,
         )
 

@@ -33,9 +33,9 @@ class Figures:
 class Progress:
     """What a run has done.
 
-    `unique_samples` counts samples met, `seen_instances` their copies, `targets` what stood in the denominators
-    (copies counted); `best_value` is of the metric that chooses the best checkpoint. The `window_*` sums
-    belong to the metrics row that comes next.
+    `unique_samples` counts the samples of all batches before they are repeated; a sample counts again in every epoch.
+    `seen_instances` is M times that. `targets` counts what stood in the denominators, copies included. `best_value` is
+    of the metric that chooses the best checkpoint. The `window_*` sums belong to the metrics row that comes next.
     """
 
     update: int = 0

@@ -58,6 +58,7 @@ def write_result(
             "data": corpus.description,
             "updates": f"{updates:,} (the checkpoint with the lowest validation loss)",
             **made_by,
+            **run.describe(),
         }
         save_model_folder(
             run.folder / "model",

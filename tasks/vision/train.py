@@ -162,6 +162,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
                 "data": images.description,
                 "updates": f"{best:,} (the checkpoint with the highest validation accuracy)",
                 **describe_training(options),
+                **run.describe(),
             }
             classifier = Classifier(config.network, model, images.classes, views)
             save_classifier(folder / "model", classifier, made_by=made_by, scores=[score])
