@@ -9,7 +9,9 @@ from tasks.models.audit import AuditConfig, audit_model
 
 def main() -> None:
     parser = OptionParser(AuditConfig, allow_abbrev=False, description=__doc__)
-    parser.add_argument("model", help="a transformers model folder, or a config.json (its weights are then random)")
+    parser.add_argument(
+        "model", help="a model folder of transformers, a run folder, or a config.json (for random weights)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     with explained():
         parser.parse_known_options(None)  # an unknown option is named first

@@ -10,6 +10,7 @@ from test_audit_models import TINY, bert, vit
 from bad_input import call
 from seqba.audit.masks import NO_EFFECT
 from tasks.cli.errors import UserError
+from tasks.models import pretrained
 from tasks.models.audit import AuditConfig, audit_model
 from tiny_models import bart, gpt2, llama, marian, t5
 
@@ -20,6 +21,15 @@ def saved(config, folder, **more):
     file = folder / "config.json"
     file.write_text(json.dumps(config.to_dict() | more))
     return str(file)
+
+
+def test_a_run_folder_is_taken_for_the_model_in_it(tmp_path):
+    run = tmp_path / "run"
+    marian().save_pretrained(run / "model")
+    (run / "config.json").write_text('{"ba_m": 4}')  # a run's options
+    assert audit_model(str(run), SIZES).operations == audit_model(str(run / "model"), SIZES).operations
+    assert pretrained._local_folder(str(run)) == run / "model"
+    assert pretrained._local_folder(str(run / "model")) == run / "model"
 
 
 @pytest.mark.parametrize(

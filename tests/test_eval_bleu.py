@@ -200,12 +200,6 @@ def without_tokenizer(family):
     return make
 
 
-def run_folder(folder):
-    save(folder / "model", bart())
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def empty(folder):
     folder.mkdir()
     return folder
@@ -264,7 +258,6 @@ def no_translation(monkeypatch):
         (without_tokenizer("marian"), "has no tokenizer|a tokenizer cannot be loaded"),
         (without_tokenizer("bart"), r"has no tokenizer \(none of .*tokenizer.json.*\): save the model's there"),
         (without_tokenizer("t5"), r"has no tokenizer \(none of .*spiece.model.*\)"),
-        (run_folder, r"is a run folder; its model is .*model$"),
         (empty, "has no config.json: it is not a model folder"),
         (a_file, "is a file; a model is a folder, or a hub id"),
         (lambda folder: folder, "there is no such folder"),

@@ -117,7 +117,12 @@ def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
     assert results["num_processes"] == 1
     assert results["tests"]["generated"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:char")
     assert results["seconds"] > 0
-    said = capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    for row in logged:
+        assert ("valid_loss" in row) == (f"update {row['update']}: valid_loss {row.get('valid_loss', 0):.4f}" in said)
+    assert f"best validation: valid_loss {results['valid_loss']:.4f}, at update {results['best_update']}" in said
+    assert "translating: 100%" in bars
+    assert "tokens/s with copies" in bars
     assert f"test generated: BLEU {results['tests']['generated']['bleu']:.2f}" in said
     assert results["tests"]["generated"]["signature"] in said
     assert len(read_lines(folder / "hyp.generated.txt")) == 12
@@ -182,6 +187,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, cache, monkeypa
     assert torch.equal(*(w["model.shared.weight"] for w in (
         weights(tmp_path / "run"), weights(run(tmp_path / "straight", cache, save_every=2))
     )))  # fmt: skip
+
+
+def test_a_tracker_gets_all_options_and_the_folders_name(tmp_path, cache, monkeypatch):
+    started = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *args: started.append(args))
+    run(tmp_path / "my-run", cache, max_updates=1)
+    ((project, config, more),) = started
+    assert project == "translation"
+    assert (config["ba_m"], config["width"], config["mixed_precision"]) == (2, TINY.config.width, "no")
+    assert all(isinstance(value, (int, float, str, bool)) for value in config.values())
+    assert more["wandb"]["name"] == "my-run"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm import tqdm
 from transformers import MarianTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig
 
@@ -110,6 +112,13 @@ def translate(
         accelerator.autocast(),
         averaged_over_masks(model, num_masks) if num_masks else nullcontext(),
         skip_finished(model),
+        tqdm(
+            total=len(mine),
+            desc="translating",
+            unit="sentence",
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
+            disable=not accelerator.is_main_process,
+        ) as bar,
     ):
         for batch in _batches_by_length(mine, ids, limits, max_tokens, max_scores):
             padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt").to(accelerator.device)
@@ -118,6 +127,7 @@ def translate(
                 model, {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, decoding, settings
             )
             found += zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
+            bar.update(len(batch))
     model.train(was_training)
     translations = dict(gather_object(found))
     return [translations[n] for n in range(len(ids))]

@@ -104,8 +104,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
         carried=[carried],
     )
     _describe(options, accelerator, corpus, stream)
-    with run.writing(folder):
-        accelerator.init_trackers("language-modelling", config=None)
+    run.start_trackers("language-modelling")
     data = SameData(corpus.fingerprint)
     run.attach(model, optimizer, carried={"hidden": carried}, data=data, stream=stream, step=step, trigger=trigger)
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from seqba.audit import IdenticalCopiesError, MaskAudit, audit_masks, check_copies_differ
 from tasks.cli.errors import UserError, identical_copies
 from tasks.cli.options import check_least, option
+from tasks.models.names import model_in
 from tasks.models.pretrained import explaining
 
 # By which head a configuration without `architectures` gets its model, the first that its family has. The last
@@ -69,6 +70,7 @@ def refuse_identical_copies(
 
 def load_model(path: Path) -> nn.Module:
     """The model that a folder or a config.json describes, in float32, with its weights where it has any."""
+    path = model_in(path)
     folder = path if path.is_dir() else path.parent
     file = path / "config.json" if path.is_dir() else path
     if (folder / "adapter_config.json").exists() and not file.exists():

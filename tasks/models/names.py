@@ -26,3 +26,8 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
         short.append(path.parent.name if path.name == "model" and path.parent.name else path.name)
     names = [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
     return dict(zip(names, models, strict=True))
+
+
+def model_in(folder: Path) -> Path:
+    """The model of a run folder; any other path as it is."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tasks.cli.errors import UserError, reason_of
+from tasks.models.names import model_in
 
 
 def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -117,10 +118,8 @@ def _language_id(tokenizer: Any, code: str | None) -> int | None:
 
 def _local_folder(name: str) -> Path | None:
     """The folder that `name` is, or None where it is a hub id."""
-    folder = Path(name)
+    folder = model_in(Path(name))
     if folder.is_dir():
-        if (folder / "model" / "config.json").is_file():
-            raise UserError(f"--model {name} is a run folder; its model is {folder / 'model'}")
         if not (folder / "config.json").is_file():
             raise UserError(f"--model {name} has no config.json: it is not a model folder of transformers")
         return folder

@@ -158,6 +158,15 @@ class Run:
         if best is not None and best != self.progress.update:
             self._saver.load(best)
 
+    def start_trackers(self, project: str) -> None:
+        """Start the tracker of `--report-to`; it gets all options as its configuration, and the folder's name."""
+        config = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in self._files.config.items()
+        }
+        with self.writing(self.folder):
+            self.accelerator.init_trackers(project, config, {"wandb": {"name": self.folder.name}})
+
     # ---- the loop
 
     def updates(self) -> Iterator[int]:
@@ -230,6 +239,9 @@ class Run:
             row[name] = value
         if validation is not None and self.figures.is_better(validation[self.figures.metric], progress.best_value):
             progress.best_value, progress.best_update = validation[self.figures.metric], progress.update
+        if validation is not None:
+            best = " (the best so far)" if progress.best_update == progress.update else ""
+            logger.info("update %d: %s%s", progress.update, _words(validation), best)
         if self.accelerator.is_main_process:
             with self.writing(self._files.metrics_file), self._files.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -258,6 +270,9 @@ class Run:
             with self.writing(self.folder):
                 draw_curve(rows, self.folder / "curve.png", title=self.folder.name, figures=self.figures)
                 write_json(self.folder / "results.json", {**shared, **results})
+            if self.progress.best_update is not None:
+                found = _words({self.figures.metric: self.progress.best_value})
+                logger.info("best validation: %s, at update %d", found, self.progress.best_update)
         self.accelerator.end_training()
 
     def describe(self) -> dict[str, str]:
@@ -310,6 +325,10 @@ class Run:
             f"{self.progress.unique_samples:,} samples, {self.progress.seen_instances:,} with copies",
             refresh=False,
         )
+
+
+def _words(figures: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:

@@ -91,8 +91,7 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
         copy_seed=options.run.seed if copies.reproducible_copies else None,
     )
     _describe(options, accelerator, corpus, stream, model)
-    with run.writing(folder):
-        accelerator.init_trackers("translation", config=None)
+    run.start_trackers("translation")
     run.attach(model, optimizer, data=SameData(corpus.fingerprint), stream=stream, step=step)
 
     # ---- the loop

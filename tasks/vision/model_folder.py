@@ -15,6 +15,7 @@ from seqba.checkpoint.files import follow_umask
 from tasks.cli.errors import UserError, reason_of
 from tasks.cli.files import write_json
 from tasks.models.folder import write_card
+from tasks.models.names import model_in
 from tasks.vision.augment import Views
 from tasks.vision.data.decode import to_tensor
 from tasks.vision.networks import build_model
@@ -81,10 +82,9 @@ def load_classifier(path: str) -> Classifier:
     Raises:
         UserError: the folder holds no such model, or a damaged one.
     """
-    folder = Path(path)
+    folder = model_in(Path(path))
     if not (folder / _CONFIG).is_file():
-        inside = f"; its model is {folder}/model" if (folder / "model" / _CONFIG).is_file() else ""
-        raise UserError(f"{path} holds no classifier: it has no {_CONFIG}{inside}")
+        raise UserError(f"{path} holds no classifier: it has no {_CONFIG}")
     try:
         config = json.loads((folder / _CONFIG).read_text("utf-8"))
         model = build_model(config["network"], len(config["classes"]))

@@ -121,8 +121,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     )
     rate = learning_rate(config, epoch, copies.ba_m)
     _describe(options, accelerator, pipeline, epoch, rate(1))
-    with run.writing(folder):
-        accelerator.init_trackers("vision", config=None)
+    run.start_trackers("vision")
     run.attach(model, optimizer, data=SameData(images.fingerprint), stream=stream, step=step)
     if accelerator.is_main_process:
         with run.writing(folder):
