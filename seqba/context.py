@@ -1,4 +1,4 @@
-"""What the running pass holds: its copies, the batch that they are of, and whether a draw is meant for all of them.
+"""The state of the running pass: its copies, the batch that they are of, and whether a draw is meant for all of them.
 
 A layer that draws per copy imports this and nothing else. There is one pass for the whole process, not one a thread: a
 backward pass that recomputes activations on a thread of its own (gradient checkpointing under CUDA) reads it too.

@@ -1,4 +1,4 @@
-"""What is refused because the laws would not hold, told apart from other errors by its type."""
+"""Errors for what is refused because the laws would not hold."""
 
 
 class UnsupportedError(ValueError):

@@ -158,7 +158,7 @@ class PassLoop:
     def surrounding(
         self, one: Pass, batch: Any, model: nn.Module, update: int, *, reduce: bool = True
     ) -> Iterator[None]:
-        """What stands around a pass: its copies in the context, their streams, and no reduction but in the last one."""
+        """The context of a pass: its copies, their streams, and no gradient reduction except in the last pass."""
         with ExitStack() as stack:
             if not (one.is_last and reduce):
                 stack.enter_context(self.accelerator.no_sync(model))

@@ -21,7 +21,7 @@ _Options = dict[str, int | str | None]
 
 
 class BatchSampler(Protocol):
-    """What streams of batches and checkpoints need: `TokenBatchSampler` and `FixedBatchSampler` are described here.
+    """The interface that streams of batches and checkpoints need; `TokenBatchSampler` and `FixedBatchSampler` have it.
 
     Order. It is a pure function of (data, options, seed, epoch): equal on every rank, for every M and plan, and on
     every numpy (only the raw bits of PCG64 are used, which numpy guarantees). Global random state is neither read nor

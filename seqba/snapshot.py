@@ -1,4 +1,4 @@
-"""What a pass changes of a model beside its gradients: remembered, and put back."""
+"""Saves and restores what a pass changes of a model besides its gradients."""
 
 from collections.abc import Callable
 

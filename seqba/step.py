@@ -28,7 +28,7 @@ def take_repeated(batch: Any, copies: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update measured, over all ranks: 0-dim tensors on the device, so that nothing waits for them here.
+    """The figures of an update, over all ranks: 0-dim tensors on the device, so that nothing waits for them here.
 
     Attributes:
         loss: the loss, per target.

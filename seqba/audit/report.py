@@ -1,4 +1,4 @@
-"""What the audit found: the operations, the table that shows them, and what training does about them."""
+"""The result of an audit: the operations, their table, and the check before training."""
 
 import warnings
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What a look at a model must leave as it was: modes, buffers and every generator."""
+"""Restores a model after a look at it: modes, buffers and every generator."""
 
 import warnings
 from collections.abc import Iterator

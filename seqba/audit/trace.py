@@ -1,4 +1,4 @@
-"""What random operations a forward pass meets, and whether the numbers that they draw grow with the copies."""
+"""The random operations of a forward pass, and whether they draw more numbers for more copies."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Site:
 
 @dataclass
 class Trace:
-    """What one forward pass met."""
+    """The random operations of one forward pass."""
 
     draws: dict[Site, list[tuple[int, ...]]] = field(default_factory=dict)  # the shape of each draw, in order
     idle: dict[Site, tuple[str, int]] = field(default_factory=dict)  # did not draw: why not, and how often called

@@ -1,4 +1,4 @@
-"""What share of the output's variance over the copies each operation has: its total effect.
+"""The share of the output's variance over copies that each operation causes: its total effect.
 
 With the draws U_1 .. U_k of the operations, f the output and U_~i all draws but those of operation i,
     S_Ti = E[Var(f | U_~i)] / Var(f)
@@ -100,7 +100,7 @@ def cuttable_kernels(recurrent: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldPass:
-    """What a pass under held draws gave.
+    """The output of a pass under held draws.
 
     Attributes:
         output: (M, B, ...), float32.

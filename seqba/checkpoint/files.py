@@ -125,12 +125,12 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def checkpoint_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; every file is read."""
+    """The damage of a checkpoint in words, or None; every file is read."""
     return manifest_fault(path, {MODEL, RNG, COUNTERS})
 
 
 def manifest_fault(path: Path, needed: Collection[str] = ()) -> str | None:
-    """What is wrong with a folder that `write_manifest` sealed, or None; every file is read."""
+    """The damage of a folder that `write_manifest` sealed, in words, or None; every file is read."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)

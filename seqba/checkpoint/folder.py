@@ -52,7 +52,7 @@ TEMPORARY, REPLACED = ".tmp-", ".replaced"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns, besides the model and optimizer that it filled."""
+    """The return value of `load_checkpoint`, which also fills the model and the optimizer."""
 
     path: Path
     update: int

@@ -75,7 +75,7 @@ _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 def caller_of(func: Any, args: tuple, kwargs: dict[str, Any]) -> Caller | None:
-    """What a call of a torch function can draw, or None where it draws nothing.
+    """The draws of a call of a torch function, or None where it draws nothing.
 
     >>> caller_of(nn.functional.dropout, (), {"p": 0.2, "training": True})
     Caller(kind='dropout', probability=0.2, training=True, row_dim=0, packed=False)

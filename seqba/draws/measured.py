@@ -34,7 +34,7 @@ class UnmeasuredError(StreamError):
 
 
 class DrawAxes:
-    """What is known of a model's draws: for each place, the axis of the copies' rows, or that copies share it.
+    """The measured draws of a model: for each place, the axis of the copies' rows, or that copies share it.
 
     Made by `measure_draws`, and added to where a later pass has draws that the first did not have.
     """

@@ -24,7 +24,7 @@ from seqba.errors import StreamError
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the generators must be on leaving, and what nobody may have moved."""
+    """The states of the generators that are restored on leaving, and those that must not have changed."""
 
     torch_state: torch.Tensor
     python_state: Any

@@ -1,4 +1,4 @@
-"""What a Trainer's training batch holds: its samples, its targets, and whether its rows may stand beside copies."""
+"""A Trainer's training batch: its samples, its targets, and whether it may be repeated."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ class UpdateItems:
 
     Attributes:
         batches: of each of this rank's batches.
-        all: of all batches whose targets are the denominator.
+        all: the batches whose targets make the denominator.
         met: of all batches of all ranks.
         try_first: whether a batch of some rank is larger than any that fitted before.
         packed: whether a batch of some rank is packed.

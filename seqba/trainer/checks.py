@@ -1,4 +1,4 @@
-"""What the Trainer integration finds out on the first batch, and what it refuses, with the reason."""
+"""Checks of the Trainer integration on the first batch, and the errors that give the reason."""
 
 import logging
 import warnings

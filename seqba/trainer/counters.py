@@ -26,7 +26,7 @@ class BatchAugmentationCounters(TrainerCallback, ExportableState):
         self._unique_at_start, self._seen_at_start = unique_samples, seen_instances
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The state that a checkpoint keeps."""
         counts = {
             "unique_samples": int(self.unique_samples),
             "seen_instances": int(self.seen_instances),
@@ -54,7 +54,7 @@ class BatchAugmentationCounters(TrainerCallback, ExportableState):
         self.target_tokens = self.target_tokens + num_copies * targets
 
     def logs(self, seconds: float | None) -> dict[str, float]:
-        """What a line of the log says: the counts, and where it is known how long training took, samples per second."""
+        """The figures of a line of the log: the counts and, once the training time is known, samples per second."""
         unique, seen = int(self.unique_samples), int(self.seen_instances)
         logs: dict[str, float] = {
             "unique_samples": unique,

@@ -28,7 +28,7 @@ _CUTS = 64  # of a batch, that are tried
 
 
 class Divisor(Enum):
-    """What a loss divides its sum by."""
+    """The denominator of a loss."""
 
     UPDATE = "num_items_in_batch"  # the targets of the whole update, as the Trainer asks
     PASS = "the targets of its own rows"  # a mean, whatever the rest of the update holds
@@ -36,7 +36,7 @@ class Divisor(Enum):
 
 
 class Rows(Enum):
-    """What the gradient becomes when every row is there twice."""
+    """How the gradient changes when every row stands in the batch twice."""
 
     INDEPENDENT = "the same"
     SUMMED = "twice as large"

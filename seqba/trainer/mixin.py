@@ -49,7 +49,7 @@ _TRIED = 16  # copies, before T is said to make none differ: two of them are equ
 
 @dataclass
 class _Run:
-    """What a call of `train` finds out on its way."""
+    """Facts that a call of `train` finds out while it runs."""
 
     loop: PassLoop
     asked: CopyPlan

@@ -1,4 +1,4 @@
-"""What stands around a Trainer's passes: attributes, counts, a rank's generators, the order."""
+"""State around a Trainer's passes: attributes, counts, a rank's generators, the data order."""
 
 import copy
 from collections.abc import Callable, Iterator

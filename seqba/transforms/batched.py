@@ -1,4 +1,4 @@
-"""What a transform of a batch is, several in a row, and the one that draws nothing."""
+"""The interface of a batch transform; several in a row; normalisation, which draws nothing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every benchmark shares: ratios of two things timed in turn."""
+"""Code that all benchmarks share: ratios of two things timed in turn."""

@@ -11,7 +11,7 @@ from tasks.cli.options import check_least, option
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is measured and how often; a task's own options stand before or behind."""
+    """Options that all benchmarks have: the rows, and how often each is timed."""
 
     rows: list[str] = field(default_factory=list)
     ba_m: int = option(4, "M of the rows about Batch Augmentation")

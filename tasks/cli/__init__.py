@@ -1,1 +1,1 @@
-"""What every script shares: options, errors in one line, the machine, files written whole."""
+"""Code that all scripts share: options, errors in one line, the machine, files written whole."""

@@ -1,4 +1,4 @@
-"""What a script tells its user in one line, without a traceback."""
+"""Errors that a script prints in one line, without a traceback."""
 
 import errno
 import os

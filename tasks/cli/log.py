@@ -1,4 +1,4 @@
-"""What a run says to its user: the messages of the project's loggers, from the first rank."""
+"""The messages of the project's loggers, printed by the first rank."""
 
 import logging
 import sys

@@ -165,7 +165,7 @@ def rerank(sequences: Tensor, log_probabilities: Tensor, lengths: Tensor, decodi
 
 
 def describe_other_settings(settings: GenerationConfig) -> str:
-    """What a model's own settings change in a search besides its beams and length penalty; "" where nothing.
+    """A model's own settings that change a search besides its beams and length penalty; "" where there are none.
 
     >>> describe_other_settings(GenerationConfig(no_repeat_ngram_size=3, num_beams=2))
     'no_repeat_ngram_size 3'

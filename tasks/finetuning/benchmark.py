@@ -1,4 +1,4 @@
-"""What Batch Augmentation in a Trainer costs, as ratios to a plain Trainer's updates measured in turn."""
+"""The cost of Batch Augmentation in a Trainer, as ratios to a plain Trainer's updates measured in turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WARM_UP = 3  # updates of every `train` call that are not timed; the first asks
 
 @dataclass(frozen=True)
 class FinetuningBenchmark(BenchmarkOptions):
-    """What is timed: updates of the generated model of a task, by default of transformers' own settings."""
+    """Options of the benchmark: it times updates of a task's generated model, with transformers' default settings."""
 
     task: str = option(SEQ2SEQ, f"one of {', '.join(TASKS)}")
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
@@ -48,7 +48,7 @@ class TrainerUpdates:
         self._data, _ = encode(splits["train"], config.task, self._tokenizer, settings.max_length)
 
     def seconds(self, count: int, trainer_class: type[Trainer] = Trainer, **options: Any) -> float:
-        """What `count` updates take; `options` go to the trainer."""
+        """The seconds of `count` updates; `options` go to the trainer."""
         _, seconds = time_updates(
             trainer_class,
             count,

@@ -35,7 +35,7 @@ _FROM_NOTHING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FinetuningConfig:
-    """What is trained, and on what."""
+    """The model, the data and the decoding."""
 
     model: str | None = option(
         None,

@@ -110,7 +110,7 @@ def _without_blanks(batch: dict[str, list], counts: Counter[str]) -> dict[str, l
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, max_length: int, **texts: list[str]
 ) -> tuple[dict[str, list], list[bool]]:
-    """What the tokenizer makes of `text`, with its `text_pair`, or of `text_target`; and which rows were cut."""
+    """The tokenizer's ids of `text`, with its `text_pair`, or of `text_target`; and which rows were cut."""
     options = {"return_attention_mask": False, "return_token_type_ids": "text_pair" in texts, "verbose": False}
     encoded = tokenizer(**texts, **options)
     was_cut = [len(ids) > max_length for ids in encoded["input_ids"]]

@@ -1,4 +1,4 @@
-"""What is trained where nothing is named: small new models, and the generated text as a data set of each task."""
+"""Small new models, and the generated text as a data set of each task, for runs without --model and --dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What evaluation says beside the Trainer's `eval_loss`: sums over all targets, divided once.
+"""Figures of an evaluation besides the Trainer's `eval_loss`: sums over all targets, divided once.
 
 That loss is, by model and number of ranks, a mean of the batches' means, or of another count of targets.
 """

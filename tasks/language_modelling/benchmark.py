@@ -1,4 +1,4 @@
-"""What language modelling costs, as ratios of speed and of memory: the rows of `benchmark.py language-modelling`.
+"""The cost of language modelling, as ratios of speed and of memory: the rows of `benchmark.py language-modelling`.
 
 Memory is measured in processes of their own: python -m tasks.language_modelling.benchmark PLAN.
 """
@@ -44,7 +44,7 @@ _WORDS = 20  # of a line
 
 @dataclass(frozen=True)
 class LanguageModelBenchmark(BenchmarkOptions):
-    """What is timed: updates of a preset, on random words."""
+    """Options of the benchmark: it times updates of a preset on random words."""
 
     preset: str = option("awd-lstm-ptb", "of scripts/train_ptb.py")
     vocab_size: int = option(10_000, "V, words of the text")

@@ -60,7 +60,7 @@ class AwdLstmConfig(PreTrainedConfig):
 
 @dataclass
 class AwdLstmOutput(ModelOutput):
-    """What the layers below the output layer give.
+    """The output of the layers below the output layer.
 
     Attributes:
         last_hidden_state: (rows, T, embedding_size), dropped: the input of the output layer; AR is taken of it.
@@ -75,7 +75,7 @@ class AwdLstmOutput(ModelOutput):
 
 @dataclass
 class AwdLstmCausalOutput(ModelOutput):
-    """What a language model gives.
+    """The output of a language model.
 
     Attributes:
         loss: where labels were given: mean nats of the next token.
@@ -89,7 +89,7 @@ class AwdLstmCausalOutput(ModelOutput):
 
 
 class AwdLstmPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of both classes below."""
+    """The attributes that transformers needs on both classes below."""
 
     config_class = AwdLstmConfig
     base_model_prefix = "model"

@@ -161,7 +161,7 @@ def _check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What transformers' loading report says is checked here, and raised."""
+    """Silences transformers' loading report: `load_weights` checks its content and raises."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

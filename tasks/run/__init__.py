@@ -1,1 +1,1 @@
-"""What every training loop of ours shares: the loop, its folder, checkpoints, log and streams of batches."""
+"""Code that all training loops share: the loop, its folder, checkpoints, log and streams of batches."""

@@ -19,7 +19,7 @@ class Stateful(Protocol):
     """Anything whose position a checkpoint must hold, as JSON values or as tensors of each rank's own."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue exactly."""
+        """The state that `load_state_dict` needs to continue exactly."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken."""
@@ -157,5 +157,5 @@ class Saver:
 
 
 def how_to_go_on(checkpoints: Path) -> str:
-    """What a user does after the disk was full, as a half sentence."""
+    """The user's next step after the disk was full, as a half sentence."""
     return f"make room, then the same command with --resume goes on from the newest checkpoint in {checkpoints}"

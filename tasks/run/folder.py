@@ -38,7 +38,7 @@ class RunFolder:
         make_folder(self.path, remedy=_ELSEWHERE)
 
     def _left_by_a_run(self) -> list[str]:
-        """What the folder holds of a run; an error where this one is not its continuation."""
+        """The files of a run in the folder; an error where this run does not continue it."""
         left = [name for name in _LEFT_BY_A_RUN if (self.path / name).exists()]
         if left and not self.resume:
             raise RunError(

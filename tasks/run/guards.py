@@ -1,4 +1,4 @@
-"""What ends a run early: losses and weights that are not finite, and Ctrl-C or SIGTERM, honoured between updates."""
+"""Reasons to end a run early: losses and weights that are not finite, and Ctrl-C or SIGTERM between updates."""
 
 import signal
 from collections.abc import Iterator, Sequence

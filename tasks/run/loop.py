@@ -276,7 +276,7 @@ class Run:
         self.accelerator.end_training()
 
     def describe(self) -> dict[str, str]:
-        """What the run was computed with, for the card of its model."""
+        """The precision and the software of the run, for its model's card."""
         accelerator = self.accelerator
         return {
             "mixed precision": f"{accelerator.mixed_precision}, {accelerator.num_processes} process(es) on "

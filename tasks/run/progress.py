@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figures:
-    """What a task measures, in its words.
+    """The names of the figures that a task measures.
 
     Attributes:
         target: one of the things that the loss is a mean over; throughput is counted in these.
@@ -31,7 +31,7 @@ class Figures:
 
 @dataclass
 class Progress:
-    """What a run has done.
+    """The counters of a run.
 
     `unique_samples` counts the samples of all batches before they are repeated; a sample counts again in every epoch.
     `seen_instances` is M times that. `targets` counts what stood in the denominators, copies included. `best_value` is
@@ -76,7 +76,7 @@ class Progress:
             self.window_clipped += int(max_norm is not None and norm > max_norm)
 
     def counts(self, figures: Figures) -> dict[str, int]:
-        """What was met, seen and learned from, by the names of `metrics.jsonl` and `results.json`."""
+        """The numbers of samples, instances and targets, by the names of `metrics.jsonl` and `results.json`."""
         return {
             "unique_samples": self.unique_samples,
             "seen_instances": self.seen_instances,

@@ -17,7 +17,7 @@ SAMPLE_IDS = "sample_ids"
 
 
 class SampleKey(NamedTuple):
-    """What the random transform of a sample is a function of: neither of workers, nor of where a run was resumed."""
+    """The key of a sample's random transform: it depends neither on workers nor on where a run was resumed."""
 
     seed: int
     epoch: int

@@ -26,7 +26,7 @@ def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], lang: s
 
 
 def describe_tokenized_bleu(lang: str) -> str:
-    """What stands in a signature's place."""
+    """The description of the score, in place of a signature."""
     return (
         f"tok:moses-{lang} (sacremoses {version('sacremoses')}), compounds split at -, case:mixed, smooth:none; "
         "the figure of get_ende_bleu.sh"

@@ -94,7 +94,7 @@ def worker_transform(config: VisionConfig, views: Views) -> Callable[[Tensor], T
 
 
 def why_not_on_device(config: VisionConfig, images: ImageSplits) -> str | None:
-    """What keeps the run from transforming whole batches on the device; None where nothing does."""
+    """The reason why the run cannot transform whole batches on the device; None where it can."""
     if images.train.tensor is None:
         return "the images are no set of one size that is kept as one tensor"
     if config.image_size is not None:

@@ -1,4 +1,4 @@
-"""What image classification costs, as ratios: the rows of `benchmark.py vision`."""
+"""The cost of image classification, as ratios: the rows of `benchmark.py vision`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PHOTOGRAPHS = {"train": 64, "val": 2, "test": 2}  # of each of two classes
 
 @dataclass(frozen=True)
 class VisionBenchmark(BenchmarkOptions):
-    """What is timed: drawn images of 32 x 32 pixels in memory, and a folder of JPEGs of the size of photographs."""
+    """Options of the benchmark: drawn images of 32 x 32 pixels in memory, and JPEGs of the size of photographs."""
 
     network: str = option("resnet44", "of the rows bare, device and fused, on 32 x 32 pixels")
     photo_network: str = option("torchvision/mobilenet_v3_small", "of the row repeated, on photographs")

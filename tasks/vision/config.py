@@ -29,7 +29,7 @@ class VisionConfig:
     """Options of `scripts/train_vision.py` beside those of every run; the defaults are the preset "generated".
 
     The other presets are rows of Table 2 and the shortened and large-batch regimes of Hoffer et al. 2020, each with its
-    M. The batch counts images before they are repeated, and the rate does not move with M unless --lr-power says so.
+    M. The batch counts images before they are repeated, and the rate does not depend on M unless --lr-power is set.
     """
 
     preset: str = option("generated", "named values for all other options; an option that is given overrides it")
@@ -71,7 +71,7 @@ class VisionConfig:
     # optimisation
     batch_size: int = option(64, "B, unique images of a rank's batch, before repetition")
     epochs: float | None = option(None, "end after so many epochs of unique images, where --max-updates are not done")
-    learning_rate: float = option(0.1, "peak of the rate; it does not move with M")
+    learning_rate: float = option(0.1, "peak of the learning rate; it does not depend on M")
     lr_power: float = option(0.0, "multiply the rate by M to this power")
     lr_drops: list[float] = field(
         default_factory=lambda: [12.0, 17.0], metadata={"help": "epochs after which the rate drops"}

@@ -1,4 +1,4 @@
-"""What T makes of some images, side by side."""
+"""Some images and their transformed copies, side by side."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from tasks.scoring.table import align
 
 
 def format_text(counts: Mapping[str, Any]) -> str:
-    """What the text has of each unit."""
+    """The number of each unit in the text."""
     return (
         f"{counts['called']}: {counts['lines']:,} lines; {counts['bytes']:,} bytes of UTF-8, a line end counted as "
         f"one; {counts['words']:,} words between white space, each line end counted as one more"

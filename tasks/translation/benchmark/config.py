@@ -21,7 +21,7 @@ _PREFERRED, _FALLBACK = "multi30k-small", "generated"
 
 @dataclass(frozen=True)
 class TranslationBenchmark(BenchmarkOptions):
-    """What is timed: the updates of a preset, on its text."""
+    """Options of the benchmark: it times the updates of a preset on its text."""
 
     preset: str = option(
         "",
