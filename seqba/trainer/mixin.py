@@ -366,7 +366,7 @@ class BatchAugmentationMixin(_TrainerBase):
         return (
             form is not None
             and form.divisor is Divisor.PASS
-            and (form.target is None or self.loss_is_scaled_for_ga is True)
+            and (form.target is None or getattr(self, "loss_is_scaled_for_ga", False) is True)
         )
 
 
