@@ -253,7 +253,7 @@ def test_a_dropout_behind_a_coin_is_met(coin):
     assert "dropout" in {one.kind for one in audit.operations if one.scope == PER_COPY}
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # a DeprecationWarning, later a FutureWarning
 def test_a_scripted_part_of_a_model_is_audited_as_its_callers():
     scripted = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.3)))
     audit = audit_masks(nn.Sequential(nn.Linear(D, D), scripted), x())

@@ -351,7 +351,7 @@ def test_batch_norm_is_named_once_in_a_warning_and_ghost_blocks_are_not(caplog):
     assert not caplog.records
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # a DeprecationWarning, later a FutureWarning
 def test_plans_agree_on_a_model_with_a_scripted_part():
     assert_plans_agree(Net(torch.jit.script(nn.Sequential(nn.Dropout(0.3), nn.Tanh()))), rows_of())
 

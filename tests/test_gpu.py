@@ -52,9 +52,9 @@ def test_masks_on_a_gpu_do_not_depend_on_who_else_is_in_the_pass(width):
 
 
 def test_cudnns_recurrent_dropout_is_refused_by_name():
-    network = nn.LSTM(6, 8, num_layers=2, dropout=0.5).cuda()
+    network, x = nn.LSTM(6, 8, num_layers=2, dropout=0.5).cuda(), torch.randn(5, 2 * B, 6, device="cuda")
     with pytest.raises(RuntimeError, match="_cudnn"), copy_streams((0, 1), seed=1, update=2):
-        network(torch.randn(5, 2 * B, 6, device="cuda"))
+        network(x)
 
 
 def test_the_generators_of_the_device_are_as_before():

@@ -223,10 +223,9 @@ class AwdLstmForCausalLM(AwdLstmPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        if model_kwargs.get("use_cache", True):
-            model_kwargs["state"] = outputs["state"]
+        state = outputs["state"] if model_kwargs.get("use_cache", True) else model_kwargs.get("state")
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return updated
+        return {**updated, "state": state}  # transformers 5.17 puts the new state there without `use_cache` too
 
     @staticmethod
     def _reorder_cache(state: State, beam_idx: Tensor) -> State:
