@@ -208,16 +208,6 @@ def test_a_pair_over_the_longest_is_dropped_counted_and_the_rest_trained_on(plac
     assert "training text: dropped 252 too_long (--max-length 20, in pieces); 48 pairs are left" in verdict.stdout
 
 
-@pytest.mark.parametrize("damage", ["counts.json", "pairs.arrow"])
-def test_a_damaged_cache_is_named(damage, places, tmp_path, monkeypatch, capsys):
-    argv = [*OPTIONS, *places, "--cache-dir", tmp_path / "cache", "--output-dir"]
-    assert call("train_wmt.py", [*argv, tmp_path / "first"], monkeypatch, capsys).status == 0
-    for file in (tmp_path / "cache").glob(f"pairs-*/{damage}"):
-        file.write_bytes(file.read_bytes()[:7])
-    verdict = call("train_wmt.py", [*argv, tmp_path / "second"], monkeypatch, capsys)
-    assert_refused(verdict, ["the cached pairs in", "pairs-", "cannot be read", "remove that folder"])
-
-
 def test_no_room_for_the_cache_is_named_before_training(places, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "pairs.arrow")

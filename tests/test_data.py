@@ -96,9 +96,19 @@ def test_ids_are_those_of_the_tokenizer_on_odd_lines(request, which, is_target, 
     else:
         chosen = request.getfixturevalue(which)
     lines = odd_lines(400)
-    wanted = chosen(text_target=lines) if is_target else chosen(lines)
+    processor = chosen.spm_target if is_target else chosen.spm_source
+
+    def as_text(line):  # what looks like a language code is text, since the vocabulary has no such code
+        if line.startswith(">>") and ">>de<<" not in chosen.get_vocab():
+            return [*chosen.convert_tokens_to_ids(processor.encode(line, out_type=str)), chosen.eos_token_id]
+        return chosen(**{"text_target" if is_target else "text": line}, split_special_tokens=True)["input_ids"]
+
     encode = LineEncoder(chosen, is_target=is_target)
-    assert encode(lines) == wanted["input_ids"]
+    assert encode(lines) == [as_text(line) for line in lines]
+    marked = ["a </s> dog", "<pad>", "<pad> dog", ">>fr<< a dog", ">>dog"]
+    for line, ids in zip(marked, encode(marked), strict=True):
+        assert not set(ids[:-1]) & {chosen.pad_token_id, chosen.eos_token_id}, line
+        assert which == "shuffled_vocabulary" or chosen.decode(ids, skip_special_tokens=True) == line
     assert encode(TEXT.source) == chosen(TEXT.source)["input_ids"]  # a chunk with nothing odd in it
 
 

@@ -279,7 +279,7 @@ def marian_tokenizer(tmp_path_factory):
 
 def test_sources_get_the_tokenizers_ids_cut_as_it_cuts(marian_tokenizer):
     tokenizer, sources = marian_tokenizer
-    sources = [*sources, "", " ", ">>de<< x", "a </s> b", "\u4f60"]
+    sources = [*sources, "", " ", "\u4f60"]
     for positions in (64, 9):
         model = marian(max_position_embeddings=positions)
         want = [tokenizer(text, truncation=True, max_length=positions).input_ids for text in sources]

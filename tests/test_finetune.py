@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 
 import datasets
 import pytest
@@ -27,11 +28,15 @@ from transformers import (
 
 from bad_input import call, contents
 from distributed import run_ranks
+from tasks.cli.errors import DataError
 from tasks.finetuning import generated
+from tasks.finetuning.callbacks import StopAtSignal
 from tasks.finetuning.config import FinetuningConfig, parse_finetuning
 from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
+from tasks.run.guards import INTERRUPTED
+from tasks.text.data_sets import load_data_set
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import train_tokenizer
 from tiny_models import bart, gpt2, llama, marian, mixtral, t5
@@ -321,6 +326,67 @@ def test_the_newest_checkpoint_that_is_whole_is_gone_on_from(models, data, finet
     assert "checkpoint-3 is damaged (model.safetensors:" in verdict.error
 
 
+def test_ctrl_c_saves_and_the_same_command_with_last_continues_to_the_same_weights(
+    models, data, finetune, tmp_path, monkeypatch
+):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts", "--resume_from_checkpoint", "last"]
+    verdict = finetune(*common)  # nothing to go on from: it starts
+    assert verdict.status == 0, verdict.error
+    want = load_file(tmp_path / "run" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    whole = StopAtSignal.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        whole(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAtSignal, "on_step_end", interrupted)
+        verdict = finetune(*common)
+    assert verdict.status == INTERRUPTED
+    assert "stopped after update 2" in verdict.stdout
+    assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    verdict = finetune(*common)
+    assert verdict.status == 0, verdict.error
+    got = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(models, data, finetune, tmp_path):
+    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
+    finetune(*common)
+    (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").unlink()
+    verdict = finetune(*common, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-3")
+    assert "checkpoint-3 has no optimizer.pt" in verdict.error
+
+
+def test_a_run_without_an_update_is_an_error(models, data, finetune):
+    verdict = finetune(
+        "--model", models / "gpt2", "--dataset", data / "texts",
+        "--dataloader_drop_last", "true", "--per_device_train_batch_size", "5000",
+    )  # fmt: skip
+    assert verdict.status != 0
+    assert "--dataloader_drop_last" in verdict.error or "no update was done" in verdict.error
+
+
+def test_a_folder_named_like_a_format_is_that_folder_and_a_format_alone_is_refused(data, monkeypatch):
+    (data / "json").mkdir(exist_ok=True)
+    (data / "json" / "train.jsonl").write_text('{"text": "a dog"}\n')
+    monkeypatch.chdir(data)
+    assert load_data_set("json")["train"]["text"] == ["a dog"]
+    with pytest.raises(DataError, match="parquet is no folder here, and names a file format"):
+        load_data_set("parquet")
+
+
+def test_settings_that_cannot_be_saved_are_refused_before_training(models, data, finetune, tmp_path):
+    shutil.copytree(models / "gpt2", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"top_p": 0.5, "do_sample": false}')
+    verdict = finetune("--model", tmp_path / "model", "--dataset", data / "texts")
+    assert "its generation_config.json is not valid" in verdict.error
+
+
 def test_a_run_is_not_gone_on_with_by_other_options(models, data, finetune):
     common = ["--dataset", data / "texts", "--resume_from_checkpoint", "last"]
     finetune("--model", models / "gpt2", *common[:2], "--ba_m", 2)
@@ -591,7 +657,6 @@ def test_a_translation_begins_with_the_language_that_was_asked_for(multilingual,
             "--model {models}/bert --dataset {data}/named --task classification --text_column a --label_column b",
             "validation split has the label .* which the train split has not",
         ),
-        ("--ba_m 2 --resume_from_checkpoint last", "holds no whole checkpoint; leave the option out"),
         ("--ba_m 2 --resume_from_checkpoint {data}", "is no whole checkpoint of a Trainer"),
         (
             "--model {models}/bert --dataset {data}/texts --task causal",
@@ -630,7 +695,6 @@ def test_identical_copies_are_refused_with_the_table(models, data, finetune, tmp
     common = ["--model", tmp_path / "still", "--dataset", data / "texts", "--ba_m", 2]
     verdict = finetune(*common)
     assert "inactive (p=0)" in verdict.error
-    assert "holds no whole checkpoint" in finetune(*common, "--resume_from_checkpoint", "last").error
     assert verdict.error.split("\n")[-1].startswith("error: identical copies are refused; give a model whose config")
     assert finetune(*common, "--allow_identical_copies", "true").status == 0  # nothing is in the way
 

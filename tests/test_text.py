@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import lzma
 import os
@@ -107,9 +108,16 @@ def test_a_missing_language_is_answered_with_those_there_are(tmp_path):
     prefix = write_pair(tmp_path, "train", b"a\n", b"A\n")
     (tmp_path / "train.cs.xz").write_bytes(lzma.compress(b"x\n"))
     (tmp_path / "train.2.fr").write_bytes(b"x\n")  # a file of the prefix train.2
-    wanted = r"in 'fr': looked for .*train\.fr, .*train\.fr\.gz, .*train\.fr\.xz; this prefix has cs, de, en$"
+    wanted = r"in 'fr': looked for .*train\.fr, .*\.gz, .*\.xz, .*train\.fr\.bz2; this prefix has cs, de, en$"
     with pytest.raises(DataError, match=wanted):
         read_parallel([prefix], "en", "fr")
+    (tmp_path / "train.it.bz2").write_bytes(bz2.compress(b"b\n"))
+    assert read_parallel([prefix], "en", "it").target == ["b"]
+    (tmp_path / "train.fr.zst").write_bytes(b"packed")
+    with pytest.raises(DataError, match=r"train\.fr\.zst is there, and is not read; unpack it"):
+        read_parallel([prefix], "en", "fr")
+    with pytest.raises(DataError, match=r"train\.fr\.zst: \.zst is not read; unpack it"):
+        read_lines(tmp_path / "train.fr.zst")
     with pytest.raises(DataError, match=r"no file for .*trian in 'en'.* this prefix has no language"):
         read_parallel([tmp_path / "trian"], "en", "de")
     with pytest.raises(DataError, match=r"there is no folder .*nowhere"):

@@ -50,13 +50,25 @@ def identical_copies(error: IdenticalCopiesError, remedy: str) -> UserError:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """The body of a script: a `UserError` ends it with status 1 and one line on stderr, Ctrl-C with status 130."""
+    """The body of a script: an error ends it with status 1 and one line on stderr, Ctrl-C with status 130.
+
+    With `--traceback` on the command line, an error that is no `UserError` is shown with its traceback.
+    """
+    if traceback := "--traceback" in sys.argv:
+        sys.argv.remove("--traceback")
     try:
         yield
     except UserError as error:
         sys.exit(f"{error.details}\n\nerror: {error}" if error.details else f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if traceback:
+            raise
+        name = type(error).__name__
+        sys.exit(
+            f"error: {name}: {reason_of(error)}; add --traceback to see where, and report it if the input is right"
+        )
 
 
 @contextmanager

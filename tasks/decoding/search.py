@@ -139,7 +139,9 @@ def _search(
     """The best translation of every sentence: (B, S) -> (B, T), padded."""
     num_masks = decoding.num_masks if decoding else 0
     cache = BeamCache(model.config, num_copies=max(1, num_masks))
-    settings = {CACHE: cache, "use_cache": True, "cache_implementation": None, **settings}
+    settings = {
+        CACHE: cache, "use_cache": True, "cache_implementation": None, "return_dict_in_generate": False, **settings
+    }  # fmt: skip
     if decoding is None:
         return model.generate(**batch, **settings)
     # length_penalty None would be filled from the model's own settings; greedy search does not read it
@@ -147,7 +149,10 @@ def _search(
     if decoding.num_beams == 1 or decoding.length_penalty_kind == POWER:
         return model.generate(**batch, **settings, num_return_sequences=1)
     output = model.generate(
-        **batch, **settings, num_return_sequences=decoding.num_beams, return_dict_in_generate=True, output_scores=True
+        **batch,
+        **settings | {"return_dict_in_generate": True},
+        num_return_sequences=decoding.num_beams,
+        output_scores=True,
     )
     lengths = (output.beam_indices >= 0).sum(dim=1)
     return rerank(output.sequences, output.sequences_scores * lengths**decoding.length_penalty, lengths, decoding)

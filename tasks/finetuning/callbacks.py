@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback
 
 from tasks.cli.errors import RunError
@@ -28,6 +30,24 @@ class StopAtNonFinite(TrainerCallback):
                 f"update {state.global_step}: the mean loss of the last {args.logging_steps:g} updates is {loss}; "
                 f"{_REMEDY}. Checkpoints in {args.output_dir} are kept"
             )
+
+
+class StopAtSignal(TrainerCallback):
+    """Saves a checkpoint and ends the training after the update in which some rank met Ctrl-C or SIGTERM.
+
+    Args:
+        received: of `tasks.run.guards.stop_signals`.
+    """
+
+    def __init__(self, received: Sequence[int]) -> None:
+        self._received = received
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look for a signal after an update."""
+        flag = torch.tensor(len(self._received), device=args.device)
+        if bool(reduce(flag, "sum")):
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 @torch.no_grad()

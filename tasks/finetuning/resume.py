@@ -67,7 +67,10 @@ def prepare_folder(args: TrainingArguments) -> str | None:
         if not (trouble := _trouble(path)):
             return str(path)
         logger.info(f"{path} {trouble}: passed over")
-    raise RunError(f"--resume_from_checkpoint {LAST}: {folder} holds no whole checkpoint; leave the option out")
+    if numbered:
+        raise RunError(f"--resume_from_checkpoint {LAST}: {folder} has no whole checkpoint; name another --output_dir")
+    logger.info(f"{folder} holds no checkpoint to go on from: starting at update 1")
+    return None
 
 
 def keep_options(config: FinetuningConfig, ba_args: BatchAugmentationArguments, args: TrainingArguments) -> None:
@@ -107,6 +110,8 @@ def _trouble(folder: Path) -> str | None:
         return "is no folder"
     if not (folder / "trainer_state.json").is_file():  # a Trainer writes it last
         return "is no whole checkpoint of a Trainer (it has no trainer_state.json)"
+    if not (folder / "optimizer.pt").is_file():
+        return "has no optimizer.pt (--save_only_model leaves it out): its learning rate and averages would begin anew"
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt"):

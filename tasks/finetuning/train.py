@@ -13,19 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from seqba.audit import IdenticalCopiesError
 from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
-from tasks.cli.errors import UserError, identical_copies
+from tasks.cli.errors import UserError, identical_copies, writing
 from tasks.cli.files import write_json, write_text
 from tasks.cli.log import show_log
 from tasks.cli.machine import use_threads
 from tasks.decoding.search import Decoding, max_source_length, translate
-from tasks.finetuning.callbacks import StopAtNonFinite, check_weights
+from tasks.finetuning.callbacks import StopAtNonFinite, StopAtSignal, check_weights
 from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
 from tasks.finetuning.data import TEST, TRAIN, VALID, Splits, encode, load_splits
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
 from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
 from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, prepare_folder
-from tasks.models.pretrained import load_config_and_tokenizer
+from tasks.models.pretrained import explaining, load_config_and_tokenizer
+from tasks.run.guards import INTERRUPTED, stop_signals
 from tasks.scoring.bleu import bleu_tokenizer, one_line_each, score_bleu
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def finetune(
     # ---- data and model
     task, model, tokenizer, splits = _load(config, args.seed)
     encoded = _encode(config, task, model, tokenizer, splits)
+    if getattr(model, "generation_config", None) is not None:  # saved with the model at the end
+        with explaining(f"--model {config.model}: its generation_config.json is not valid, and could not be saved"):
+            model.generation_config.validate(strict=True)
 
     # ---- training
     try:
@@ -75,12 +79,13 @@ def finetune(
     )
     if trainer.is_world_process_zero():
         keep_options(config, ba_args, args)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except IdenticalCopiesError as error:
-        raise identical_copies(error, "a model whose config.json has a dropout above 0") from error
-    except (UnsupportedError, StreamError) as error:
-        raise UserError(str(error)) from error
+    with stop_signals() as received:
+        stop = StopAtSignal(received)
+        trainer.add_callback(stop)
+        _train(trainer, checkpoint)
+    if stop.stopped:
+        logger.info(f"stopped after update {trainer.state.global_step}; --resume_from_checkpoint last continues it")
+        raise SystemExit(INTERRUPTED)
 
     # ---- results
     check_weights(trainer)
@@ -93,6 +98,22 @@ def finetune(
         write_json(Path(args.output_dir, RESULTS), results)
     logger.info(f"{args.output_dir}: the model, {RESULTS}{'' if sentences is None else f', {_HYPOTHESES}'}")
     return trainer
+
+
+def _train(trainer: BatchAugmentationTrainer, checkpoint: str | None) -> None:
+    remedy = "make room, then --resume_from_checkpoint last goes on from the newest checkpoint"
+    try:
+        with writing(str(trainer.args.output_dir), remedy=remedy):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except IdenticalCopiesError as error:
+        raise identical_copies(error, "a model whose config.json has a dropout above 0") from error
+    except (UnsupportedError, StreamError) as error:
+        raise UserError(str(error)) from error
+    if not trainer.state.global_step:
+        raise UserError(
+            f"no update was done: {len(trainer.train_dataset):,} training samples do not fill a batch; lower "
+            "--per_device_train_batch_size, or leave --dataloader_drop_last out"
+        )
 
 
 def _load(config: FinetuningConfig, seed: int) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:

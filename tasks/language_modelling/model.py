@@ -225,7 +225,8 @@ class AwdLstmForCausalLM(AwdLstmPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         state = outputs["state"] if model_kwargs.get("use_cache", True) else model_kwargs.get("state")
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return {**updated, "state": state}  # transformers 5.17 puts the new state there without `use_cache` too
+        updated.pop("state", None)  # transformers 5.17 puts the new state there without `use_cache` too
+        return updated if state is None else {**updated, "state": state}
 
     @staticmethod
     def _reorder_cache(state: State, beam_idx: Tensor) -> State:

@@ -20,9 +20,9 @@ def read_split(source: str, split: str) -> list[str]:
     """Read the lines of a split.
 
     Args:
-        source: a folder of files `ptb.SPLIT.txt`, `SPLIT.txt` or `wiki.SPLIT.tokens`, plain, `.gz` or `.xz`; or a data
-            set with a column `text` or `sentence`, as a folder that `save_to_disk` wrote, a folder of data files, or a
-            hub id, with its configuration behind a colon (`Salesforce/wikitext:wikitext-2-v1`).
+        source: a folder of files `ptb.SPLIT.txt`, `SPLIT.txt` or `wiki.SPLIT.tokens`, plain, `.gz`, `.xz` or `.bz2`;
+            or a data set with a column `text` or `sentence`, as a folder that `save_to_disk` wrote, a folder of data
+            files, or a hub id, with its configuration behind a colon (`Salesforce/wikitext:wikitext-2-v1`).
         split: `train`, `valid` or `test`.
 
     Raises:

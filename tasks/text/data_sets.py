@@ -11,6 +11,9 @@ import datasets
 
 from tasks.cli.errors import DataError, reason_of
 
+_BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "hdf5", "lance", "webdataset", "pandas", "spark", "sql",
+             "generator", "cache", "imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder")  # fmt: skip
+
 
 def load_data_set(name: str, config: str | None = None, split: str | None = None, *, called: str | None = None) -> Any:
     """Load a data set or one of its splits.
@@ -28,6 +31,13 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
     if Path(name).is_file():
         raise DataError(f"{called} is a file; give its folder")
     folder = Path(name, config) if config else Path(name)
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # `json` here is this folder, not the builder of that name
+    elif name in _BUILDERS:
+        raise DataError(
+            f"{called} is no folder here, and names a file format: it would read all such files below the current "
+            "folder; give the folder of the data"
+        )
     try:
         if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return datasets.load_dataset(name, config, split=split)

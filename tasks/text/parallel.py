@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
@@ -16,7 +17,8 @@ import numpy as np
 
 from tasks.cli.errors import DataError as DataError
 
-OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}  # by file name
+OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_UNREAD = (".zst", ".zip", ".lz4", ".7z")
 DROP_REASONS = ("empty", "too_long", "length_ratio")  # the keys of every count of dropped pairs
 _UTF8_BOM = b"\xef\xbb\xbf"
 _HASHED_LINES = 10_000  # a pass of `fingerprint`; part of its definition
@@ -42,7 +44,7 @@ class ParallelText:
 def read_parallel(prefixes: Sequence[str | Path], source_lang: str, target_lang: str) -> ParallelText:
     """Read and join the pairs of every prefix P from `P.<source_lang>` and `P.<target_lang>`.
 
-    A file may be plain, `.gz` or `.xz`. Lines end at `\\n` and nowhere else (`read_lines`). Pairs with a
+    A file may be plain, `.gz`, `.xz` or `.bz2`. Lines end at `\\n` and nowhere else (`read_lines`). Pairs with a
     blank side are kept: `clean` drops and counts them.
 
     Raises:
@@ -72,7 +74,7 @@ def read_parallel(prefixes: Sequence[str | Path], source_lang: str, target_lang:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a UTF-8 text file, plain, `.gz` or `.xz` by its name.
+    """Read the lines of a UTF-8 text file, plain, `.gz`, `.xz` or `.bz2` by its name.
 
     Lines end at `\\n` only: U+0085 and U+2028 occur inside real sentences, and `str.splitlines` would cut
     there, so that one side of a parallel text slips against the other. A carriage return before the line
@@ -165,13 +167,18 @@ def _languages_present(prefix: Path) -> str:
     if not prefix.parent.is_dir():
         return f"there is no folder {prefix.parent}"
     names = (path.name for path in prefix.parent.iterdir() if path.name.startswith(f"{prefix.name}."))
-    rests = {name.removeprefix(f"{prefix.name}.").removesuffix(".gz").removesuffix(".xz") for name in names}
-    langs = sorted(rest for rest in rests if rest and "." not in rest)
+    rests = [name.removeprefix(f"{prefix.name}.") for name in names]
+    if unread := [rest for rest in rests if rest.endswith(_UNREAD)]:
+        return f"{prefix}.{unread[0]} is there, and is not read; unpack it, or pack it as .gz, .xz or .bz2"
+    plain = {rest.removesuffix(packed) for packed in filter(None, OPENERS) for rest in rests if rest.endswith(packed)}
+    langs = sorted(rest for rest in {*rests, *plain} if rest and "." not in rest)
     return f"this prefix has {', '.join(langs)}" if langs else "this prefix has no language at all"
 
 
 def _open_binary(path: Path) -> BinaryIO:
     packed = path.suffix if path.suffix in OPENERS else ""
+    if path.suffix in _UNREAD:
+        raise DataError(f"{path}: {path.suffix} is not read; unpack it, or pack it as .gz, .xz or .bz2")
     file = OPENERS[packed](path, "rb")
     return io.BufferedReader(file) if packed else file  # reading lines straight from a decompressor is slow
 

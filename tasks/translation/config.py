@@ -34,7 +34,7 @@ class TranslationConfig:
     train_prefix: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "parallel training text: P for files P.en and P.de (plain, .gz or .xz), or "
+            "help": "parallel training text: P for files P.en and P.de (plain, .gz, .xz or .bz2), or "
             "datasets:NAME:CONFIG:SPLIT for a data set of the hub or a folder; several are joined"
         },
     )

@@ -27,8 +27,8 @@ class PerplexityConfig:
     # text
     data: str | None = option(
         None,
-        "a text file (plain, .gz or .xz); or a folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens, a folder of "
-        "save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+        "a text file (plain, .gz, .xz or .bz2); or a folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens, a "
+        "folder of save_to_disk, or a hub id with its configuration, NAME:CONFIG",
     )
     split: str | None = option(None, "train, valid or test (by default) of a --data that is no file")
     line_end: str = option(

@@ -28,7 +28,7 @@ class EvaluationConfig:
     )
 
     # text
-    source: str | None = option(None, "file of source sentences, one a line (plain, .gz or .xz)")
+    source: str | None = option(None, "file of source sentences, one a line (plain, .gz, .xz or .bz2)")
     reference: str | None = option(None, "file of their reference translations, detokenised")
     test_prefix: list[str] = field(
         default_factory=list,
