@@ -130,7 +130,7 @@ AVERAGING = {"learning_rate": 20.0, "eval_every": 1}
 
 
 def test_a_run_leaves_a_complete_folder(finished):
-    assert {path.name for path in finished.iterdir()} == {
+    assert {path.name for path in finished.glob("[!.]*")} == {
         "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png"
     }  # fmt: skip
     assert (finished / "curve.png").stat().st_size > 10_000

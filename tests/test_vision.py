@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_a_complete_folder_whose_model_scores_what_it_says(finished):
-    assert {path.name for path in finished.iterdir()} == {
+    assert {path.name for path in finished.glob("[!.]*")} == {
         "config.json", "metrics.jsonl", "results.json", "checkpoints", "model", "curve.png", "transforms.png"
     }  # fmt: skip
     results = json.loads((finished / "results.json").read_text())
