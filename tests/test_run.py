@@ -53,6 +53,11 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
     """Hundreds of pairs instead of thousands, short translations; accelerate's shared state ends with each test."""
@@ -61,9 +66,9 @@ def little_text(monkeypatch):
     )
     whole = result.translate
     monkeypatch.setattr(result, "translate", lambda *a, **k: whole(*a, max_new_tokens=12, **k))
+    reset_accelerate()  # other tests leave theirs
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def run(folder, cache, **changes):
