@@ -102,6 +102,17 @@ def test_the_models_own_settings_hold_where_no_decoding_is_given():
     assert own != translate(Accelerator(cpu=True), model, tokenizer, SOURCES, decoding=Decoding(1))
 
 
+@pytest.mark.trap(36)
+@pytest.mark.parametrize("decoding", [Decoding(1), Decoding(3, 0.6), Decoding(3, 0.6, GNMT_RERANK)])
+def test_a_model_that_samples_by_default_is_searched_all_the_same(decoding):
+    model, tokenizer = copying_model("bart"), word_tokenizer()
+    want = translate(Accelerator(cpu=True), model, tokenizer, SOURCES, decoding=decoding)
+    model.generation_config.update(do_sample=True, temperature=5.0)
+    state = torch.get_rng_state()
+    assert translate(Accelerator(cpu=True), model, tokenizer, SOURCES, decoding=decoding) == want
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_batches_hold_every_sentence_once_within_both_budgets_and_with_one_limit():
     lengths = [3, 17, 8, 9, 1, 16, 8, 25, 2, 9, 9, 9, 30]
     ids = [[7] * length for length in lengths]

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import sacrebleu
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation, Value
 from safetensors.torch import load_file, save_file
 from test_audit_models import TINY, bert
@@ -29,6 +30,7 @@ from transformers import (
 from bad_input import call, contents
 from distributed import run_ranks
 from tasks.cli.errors import DataError
+from tasks.decoding.search import Decoding, translate
 from tasks.finetuning import generated
 from tasks.finetuning.callbacks import StopAtSignal
 from tasks.finetuning.config import FinetuningConfig, parse_finetuning
@@ -40,7 +42,7 @@ from tasks.text.data_sets import load_data_set
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import train_tokenizer
 from tiny_models import bart, gpt2, llama, marian, mixtral, t5
-from word_tokenizer import sentences, word_tokenizer
+from word_tokenizer import copying_model, sentences, word_tokenizer
 
 _BATCHES = "--max_steps 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 5 --learning_rate 0.01"
 TRAINING = f"{_BATCHES} --logging_steps 1 --save_steps 2 --use_cpu true --disable_tqdm true".split()
@@ -170,6 +172,38 @@ def test_the_scores_are_those_of_independent_references(models, data, finetune, 
     want = nats_per_token(tmp_path / "causal", rows["source"])
     assert results["test_nats_per_token"] == pytest.approx(want, rel=1e-5)
     assert results["test_perplexity"] == pytest.approx(math.exp(want), rel=1e-4)
+
+
+@pytest.mark.trap(36)
+def test_the_test_split_is_translated_with_the_prefix_by_the_search_that_is_named(data, finetune, tmp_path):
+    model, tokenizer = copying_model("bart"), word_tokenizer()
+    model.save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    search = ["--num_beams", 3, "--length_penalty", 4.0, "--source_prefix", "w8 w9 ", "--learning_rate", 0]
+    verdict = call_with(finetune, ["--model", tmp_path / "bart", "--dataset", data / "pairs"], search, "run")
+    assert verdict.status == 0, verdict.error
+    sources = split(7, 2)["source"]
+
+    def translated(prefix="w8 w9 ", penalty=4.0, beams=3):
+        lines = [prefix + source for source in sources]
+        return translate(Accelerator(cpu=True), model, tokenizer, lines, decoding=Decoding(beams, penalty))
+
+    want = translated()
+    assert (tmp_path / "run" / "hyp.test.txt").read_text().split("\n")[:-1] == want
+    assert want not in (translated(prefix=""), translated(penalty=0.6), translated(beams=1))
+    test = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert test["test_bleu_decoding"] == "beam 3, log-probability / L^4.0"
+    assert "beam 3, log-probability / L^4.0" in verdict.stdout
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])  # with and without a number of positions
+def test_texts_are_cut_to_the_length_that_is_asked_for(family, models, data, finetune):
+    name = "texts" if family == "gpt2" else "pairs"
+    verdict = finetune("--model", models / family, "--dataset", data / name, "--max_length", 4)
+    rows = zip(*(split(20, 0)[side] for side in ("source", "target")[: 1 + (family == "t5")]), strict=True)
+    cut = sum(max(len(text.split()) + 1 for text in row) > 4 for row in rows)  # with eos
+    assert 0 < cut < 20
+    assert f"cut {cut} to 4 tokens" in verdict.stdout
 
 
 def nats_per_token(folder, texts):
@@ -504,6 +538,18 @@ def test_a_masked_language_model_becomes_a_classifier(data, finetune, tmp_path):
     verdict = finetune("--model", tmp_path / "mlm", "--dataset", data / "classes", "--task", "classification")
     assert verdict.status == 0, verdict.error
     assert "bert.pooler.dense.weight" in verdict.stdout
+
+
+def test_the_weights_of_a_new_head_follow_the_seed(models, data, finetune, tmp_path):
+    found = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = ["--seed", seed, "--learning_rate", 0, "--max_steps", 1]
+        argv = ["--model", models / "gpt2", "--dataset", data / "classes", "--task", "classification"]
+        verdict = call_with(finetune, argv, options, name)
+        assert verdict.status == 0, verdict.error
+        found[name] = load_file(tmp_path / name / "model.safetensors")["score.weight"]
+    assert torch.equal(found["a"], found["b"])
+    assert not torch.equal(found["a"], found["c"])
 
 
 def test_texts_are_cut_to_the_positions_that_a_model_of_robertas_kind_can_use(finetune, tmp_path):

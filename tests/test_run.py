@@ -27,6 +27,7 @@ from tasks.text.parallel import read_lines
 from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.config import parse_config
+from tasks.translation.model import TranslationLoss
 
 TINY = parse_config([]).changed(
     width=16,
@@ -131,6 +132,63 @@ def test_a_run_leaves_a_complete_folder(tmp_path, cache, capsys):
     assert f"test generated: BLEU {results['tests']['generated']['bleu']:.2f}" in said
     assert results["tests"]["generated"]["signature"] in said
     assert len(read_lines(folder / "hyp.generated.txt")) == 12
+
+
+@pytest.mark.trap(36)
+@pytest.mark.trap(59)
+def test_the_result_is_of_the_best_checkpoint_and_names_the_search_that_ran(tmp_path, cache, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5])  # after updates 3, 6 and 8: it rises at the end
+    monkeypatch.setattr(training, "validation_loss", lambda *a: next(losses))
+    folder = run(tmp_path / "run", cache, num_beams=2, length_penalty=1.7)
+    delivered, best, last = load_file(folder / "model" / "model.safetensors"), weights(folder, 6), weights(folder, 8)
+    common = delivered.keys() & best.keys()
+    assert "model.shared.weight" in common
+    assert all(torch.equal(delivered[name], best[name]) for name in common)
+    assert not torch.equal(last["model.shared.weight"], best["model.shared.weight"])
+    test = json.loads((folder / "results.json").read_text())["tests"]["generated"]
+    assert test["decoding"] == "beam 2, log-probability / L^1.7"
+    line = f"{test['signature']}; {test['decoding']})"
+    assert line in capsys.readouterr().out
+    assert line in (folder / "model" / "README.md").read_text()
+    settings = json.loads((folder / "model" / "generation_config.json").read_text())
+    assert (settings["num_beams"], settings["length_penalty"]) == (2, 1.7)
+
+
+def test_every_update_has_its_own_rate_and_the_adam_of_vaswani(tmp_path, cache, monkeypatch):
+    whole, used = training.TrainStep.__call__, {}
+
+    def call(self, batches, *, update):
+        (group,) = self.optimizer.param_groups
+        used[update] = group["lr"]
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-9, 0)  # section 5.3
+        return whole(self, batches, update=update)
+
+    monkeypatch.setattr(training.TrainStep, "__call__", call)
+    folder = run(tmp_path / "run", cache, max_updates=6, warmup_updates=3, log_every=1, lr_scale=0.5)
+    want = {t: 0.5 * 16**-0.5 * min(t**-0.5, t * 3**-1.5) for t in range(1, 7)}  # equation 3
+    assert used == pytest.approx(want)
+    assert {row["update"]: row["lr"] for row in rows(folder)} == pytest.approx(want)
+
+
+def test_the_validation_loss_is_one_sum_over_all_targets_without_dropout_or_smoothing(cache):
+    accelerator, config = Accelerator(cpu=True), TINY.changed(cache_dir=cache, dropout=0.3).config
+    corpus = training.load_corpus(config, accelerator)
+    model = training.build(config, corpus, seed=0)
+    with torch.no_grad():
+        model.model.shared.weight.mul_(9)  # sentences cost more and less
+    loss = TranslationLoss(model, 0.2).train()
+    longest = int(corpus.valid_lengths.max())
+    got = [training.validation_loss(accelerator, loss, corpus, max_tokens) for max_tokens in (longest, 300)]
+    assert loss.training
+    nats = targets = 0
+    for pair in corpus.valid:
+        ids, labels = torch.tensor([pair["input_ids"]]), torch.tensor([pair["labels"]])
+        before = torch.cat([torch.tensor([[model.config.decoder_start_token_id]]), labels[:, :-1]], dim=1)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids, decoder_input_ids=before).logits[0].double()
+        nats -= float(logits.log_softmax(-1).gather(1, labels.T).sum())
+        targets += labels.numel()
+    assert got == pytest.approx([nats / targets] * 2, rel=1e-6)
 
 
 @pytest.mark.trap(21)

@@ -8,7 +8,8 @@ from torch import nn
 
 from distributed import run_ranks
 from seqba import TrainStep, repeat_batch
-from seqba.passes import plan_passes
+from seqba.groups import CopyGroup
+from seqba.passes import CopyPlan, PassLoop, plan_passes
 from tiny_models import FAMILIES, batch_for, count, gradients, marian, summed_nll
 
 
@@ -210,6 +211,31 @@ def test_auto_settles_on_a_smaller_pass_and_is_bitwise_as_if_it_had_begun_there(
     said = [record.getMessage() for record in caplog.records if "copies in a pass" in record.getMessage()]
     assert len(said) == (1 if settles == 2 else 2)
     assert f"with {settles}" in said[-1]
+
+
+def test_two_halvings_beside_gradients_of_an_earlier_batch_begin_with_what_was_there():
+    def gradient(copies_per_pass, fails=()):
+        model, met = nn.Linear(3, 2, bias=False), []
+        nn.init.ones_(model.weight)  # whole numbers: sums are exact in every order
+        loop = PassLoop(Accelerator(cpu=True), CopyPlan(range(4), copies_per_pass), CopyGroup(4))
+
+        def run_pass(one, batch):
+            loss = sum((copy + 1) * model(batch).square().sum() for copy in one.copies)
+            loss.backward()
+            met.append(one.copies)
+            if one.batch == 1 and one.copies in fails:  # late: its gradient has been added
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+            return loss.detach()
+
+        for number in (0, 1):
+            batch = torch.full((5, 3), 1.0 + number)
+            loop.run(model, [batch], run_pass, lambda *a: None, update=1, first=number, of=2)
+        return model.weight.grad, met
+
+    want, _ = gradient(1)
+    got, met = gradient("auto", [(0, 1, 2, 3), (2, 3)])
+    assert met[1:] == [(0, 1, 2, 3), (0, 1), (2, 3), (0,), (1,), (2,), (3,)]  # K = 4, 2, 1
+    assert torch.equal(got, want)
 
 
 def test_auto_remembers_and_says_it_once(caplog):

@@ -159,6 +159,18 @@ def test_cleaning_that_leaves_nothing_is_an_error():
         clean(ParallelText(["", "b"], ["A", ""]))
 
 
+@pytest.mark.trap(60)
+@pytest.mark.parametrize("line", [0, 9_999, 10_000, 10_001, 25_000])
+def test_a_fingerprint_reads_every_line_of_both_sides(line):
+    source, target = [[f"{side} {n}" for n in range(25_001)] for side in ("a", "b")]
+    name = fingerprint(ParallelText(source, target))
+    for side in (source, target):
+        side[line], kept = "other", side[line]
+        assert fingerprint(ParallelText(source, target)) != name
+        side[line] = kept
+    assert fingerprint(ParallelText(source, target)) == name
+
+
 def test_a_fingerprint_is_of_the_content_alone():
     text = ParallelText(["ab", "c"], ["d", "é"])
     others = [
