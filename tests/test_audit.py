@@ -164,6 +164,14 @@ def test_what_a_single_number_skips_is_met_whichever_side_skips_it(runs):
     assert scopes(audit) == {("", "dropout"): PER_COPY, ("", "uniform"): SHARED}
 
 
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())], ids=["python", "numpy"])
+def test_shares_are_measured_under_equal_draws_of_python_and_numpy(draw):
+    audit = audit_masks(Apply(lambda h: F.dropout(h, 0.5) * (0.1 + 100 * draw() ** 4)), x())
+    dropped, scale = audit.operations
+    assert (dropped.scope, scale.scope) == (PER_COPY, SHARED)
+    assert dropped.variance_share == pytest.approx(1.0)  # of what differs between copies
+
+
 def test_what_no_generator_shows_is_found_by_comparing_copies():
     hidden = np.random.default_rng(1)
 

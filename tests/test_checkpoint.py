@@ -273,6 +273,14 @@ def test_pruning_keeps_the_newest_and_the_pinned(tmp_path):
     assert names(tmp_path) == ["update-000012"]
 
 
+def test_checkpoints_are_ordered_by_number_also_where_it_has_a_digit_more(tmp_path):
+    for update in (999_999, 1_000_000):
+        save(tmp_path, update, keep=2)
+    assert find_checkpoint(tmp_path) == (tmp_path / "update-1000000", [])
+    save(tmp_path, 1_000_001, keep=1)
+    assert names(tmp_path) == ["update-1000001"]
+
+
 def test_an_update_saved_again_replaces_the_old_one(tmp_path):
     save(tmp_path, 5, counters={"try": 1})
     path = save(tmp_path, 5, counters={"try": 2})

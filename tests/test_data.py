@@ -265,7 +265,10 @@ def test_a_data_loader_takes_batches_of_any_size(encoded):
             assert batch["labels"][n][batch["labels"][n] != IGNORE_INDEX].tolist() == encoded[0][i]["labels"]
 
 
-def test_batches_are_those_of_data_collator_for_seq2seq(encoded, tokenizer, model):
+@pytest.mark.parametrize("start", [None, 7])  # where the decoder does not start with the padding too
+def test_batches_are_those_of_data_collator_for_seq2seq(start, encoded, tokenizer, model, monkeypatch):
+    if start is not None:
+        monkeypatch.setattr(model.config, "decoder_start_token_id", start)
     collate = TranslationCollator(tokenizer.pad_token_id, model.config.decoder_start_token_id)
     reference = DataCollatorForSeq2Seq(tokenizer, model=model)
     pairs = encoded[0]

@@ -18,6 +18,7 @@ from tasks.scoring.bleu import paired_bootstrap
 from tasks.scoring.hypotheses import hypothesis_files
 from tasks.translation.evaluation import evaluate as evaluation
 from tasks.translation.evaluation.config import EvaluationConfig, parse_evaluation
+from tasks.translation.evaluation.table import format_bootstrap, format_scores
 from tiny_models import SEQ2SEQ, VOCABULARY, bart, gpt2
 from word_tokenizer import copying_model, sentences, word_tokenizer
 
@@ -105,6 +106,61 @@ def test_a_folder_of_any_family_is_translated_scored_and_described(family, model
         max_new_tokens=36,
     )
     assert hypotheses[0] == tokenizer.decode(alone[0], skip_special_tokens=True)
+
+
+@pytest.mark.trap(58)
+@pytest.mark.parametrize(("target", "tokenizer"), [("de", "13a"), ("zh", "zh")])
+def test_both_kinds_of_bleu_are_tokenised_by_the_target_language(target, tokenizer, models, tmp_path, run_script):
+    write_lines(tmp_path / "test.zh" if target == "de" else tmp_path / "test.de", SOURCES)
+    write_lines(tmp_path / f"test.{target}", REFERENCES)
+    langs = ["--source-lang", "zh" if target == "de" else "de", "--target-lang", target]
+    argv = ["--model", models["bart"], models["t5"], "--test-prefix", tmp_path / "test", *langs, "--num-beams", "1"]
+    verdict = run_script(*argv, "--cpu", "--output-dir", tmp_path / "out", "--num-samples-bootstrap", "3")
+    assert verdict.status == 0, verdict.error
+    test = json.loads((tmp_path / "out" / "results.json").read_text())["tests"]["test"]
+    for system in test["systems"].values():
+        signatures = {score["metric"]: score["signature"] for score in system["scores"]}
+        assert f"tok:{tokenizer}|" in signatures["BLEU"]
+        assert f"tok:moses-{target} " in signatures["tokenised BLEU"]
+    compared = [score["signature"] for score in test["paired_bootstrap"] if score["metric"] == "BLEU"]
+    assert all(f"tok:{tokenizer}|" in signature for signature in compared)
+
+
+def test_the_tables_columns_are_those_of_their_heads():
+    score = {"system": "a", "metric": "BLEU", "value": 1.25, "mean": 2.5, "confidence": 3.75, "p_value": 0.5,
+             "signature": "s"}  # fmt: skip
+    head, first, second, note = format_bootstrap([score | {"p_value": None}, score | {"system": "b"}]).split("\n")
+    assert head.split() == ["model", "metric", "score", "mean", "+-", "95", "%", "p"]
+    assert first.split() == ["a", "BLEU", "1.25", "2.50", "3.75", "baseline"]
+    assert second.split() == ["b", "BLEU", "1.25", "2.50", "3.75", "0.5000"]
+    assert note == "paired bootstrap, BLEU: s"
+    scores = [{"metric": "BLEU", "value": 1.25, "signature": "s"}, {"metric": "chrF2", "value": 2.5, "signature": "t"}]
+    lines = format_scores({"a": {"scores": scores, "line_ends_replaced": 0, "seconds": 7.5}}).split("\n")
+    assert [line.split() for line in lines] == [
+        ["model", "BLEU", "chrF2", "seconds"], ["a", "1.25", "2.50", "7.5"], ["BLEU:", "s"], ["chrF2:", "t"]
+    ]  # fmt: skip
+
+
+def test_a_source_that_only_the_prefix_makes_too_long_is_counted_as_cut(models, tmp_path, run_script):
+    source = write_lines(tmp_path / "s", [" ".join(["w7"] * 62), "w5 w6"])  # 63 of 64 positions with eos
+    argv = ["--model", models["bart"], "--source", source, "--reference", source, "--cpu", "--num-beams", "1"]
+    for prefix, cut in (("", 0), ("w8 ", 0), ("w8 w9 ", 1)):
+        out = tmp_path / f"out{len(prefix)}"
+        verdict = run_script(*argv, "--output-dir", out, "--source-prefix", prefix)
+        assert verdict.status == 0, verdict.error
+        assert json.loads((out / "results.json").read_text())["tests"]["s"]["systems"]["run-bart"]["truncated"] == cut
+
+
+def test_the_masks_of_mc_dropout_follow_the_seed(text, tmp_path, run_script):
+    folder = save(tmp_path / "dropping", copying_model("bart", dropout=0.4))
+    argv = ["--model", folder, "--test-prefix", text, "--cpu", "--num-beams", "2", "--mc-dropout", "1"]
+    found = []
+    for run, seed in enumerate((1, 1, 2, 3)):
+        verdict = run_script(*argv, "--seed", seed, "--output-dir", tmp_path / f"{run}")
+        assert verdict.status == 0, verdict.error
+        found.append((tmp_path / f"{run}" / "hyp.dropping.test.txt").read_text())
+    assert found[0] == found[1]
+    assert len(set(found[1:])) > 1
 
 
 def test_test_sets_are_scored_apart_packed_or_not_and_systems_are_compared(models, text, tmp_path, run_script):

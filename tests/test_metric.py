@@ -81,6 +81,23 @@ def test_the_paired_bootstrap_is_the_one_of_koehn():
     assert (compared[0].p_value, compared[1].p_value) == (None, pytest.approx(p_value))
 
 
+@pytest.mark.trap(36)
+def test_the_bootstrap_is_of_the_bleu_of_the_table_which_tells_capitals_apart():
+    references = ["Das ist ein Haus und ein Baum .", "Die Katze schläft im Garten ."]
+    systems = {"a": ["Das ist ein Haus und kein Baum .", references[1]], "b": [line.lower() for line in references]}
+    compared = paired_bootstrap(systems, references, num_samples=5, seed=1)
+    for score in compared:
+        lines = systems[score.system]
+        table = {one.metric: one for one in score_all(lines, references, "de")}
+        assert score.value == pytest.approx(table[score.metric].value)
+    bleu = sacrebleu.metrics.BLEU()
+    assert [one.value for one in compared[:2]] == [
+        pytest.approx(bleu.corpus_score(lines, [references]).score) for lines in systems.values()
+    ]
+    assert compared[1].value < compared[0].value < 100  # "b" is right but for its capitals
+    assert all("case:mixed" in one.signature for one in compared)
+
+
 def test_equal_systems_do_not_differ_and_the_seed_is_given_back(monkeypatch):
     monkeypatch.setenv("SACREBLEU_SEED", "99")
     first = paired_bootstrap({"a": SOURCES, "b": SOURCES}, REFERENCES, num_samples=30, seed=5)

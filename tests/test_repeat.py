@@ -11,6 +11,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from seqba import BatchAugmentationCollator, copy_ids, fold, repeat_batch, unfold
 from seqba.repeat import largest_tensor
+from word_tokenizer import word_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +236,35 @@ def test_masked_language_modelling_may_draw_its_masks_for_each_copy():
     assert not torch.equal(*unfold(own["input_ids"], 2))
     with pytest.raises(TypeError, match="joins tensors or mappings"):
         BatchAugmentationCollator(plain, 2, collate_each_copy=True)([1, 2])
+
+
+@pytest.mark.trap(4)
+@pytest.mark.parametrize("keyed", [True, False])
+def test_a_collator_that_draws_for_each_copy_makes_a_time_major_batch_wider(keyed):
+    draws = iter(range(1, 9))
+
+    def collate(samples):  # pops, and draws one number a call
+        x = torch.stack([sample.pop("x") for sample in samples], dim=1) * 100 + next(draws)
+        return {"x": x, "lengths": torch.tensor([len(x)] * len(samples))} if keyed else x
+
+    samples = [{"x": torch.arange(5) + 5 * n} for n in range(3)]  # (T, B) = (5, 3)
+    batch = BatchAugmentationCollator(collate, 4, dim=1, collate_each_copy=True)(samples)
+    x = batch["x"] if keyed else batch
+    assert x.shape == (5, 4 * 3)
+    for m in range(4):
+        for n in range(3):
+            assert x[:, 3 * m + n].tolist() == [100 * (t + 5 * n) + m + 1 for t in range(5)]
+    assert not keyed or batch["lengths"].tolist() == [5] * 12
+    assert all("x" in sample for sample in samples)
+
+
+def test_the_words_of_a_row_are_those_of_its_sample():
+    encoding = word_tokenizer()(["w3 w4 w5", "w6", "w7 w8"], padding=True, return_tensors="pt")
+    repeated = repeat_batch(encoding, 4)
+    for m in range(4):
+        for n in range(3):
+            assert repeated.word_ids(3 * m + n) == encoding.word_ids(n)
+    assert encoding.word_ids(0) != encoding.word_ids(1)
 
 
 def test_numpy_arrays_are_repeated_like_tensors():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from tasks.run.log import read_metrics
 from tasks.run.loop import Run
 from tasks.run.options import RunOptions
 from tasks.text.generated.corpus import generate_corpus
-from tasks.text.parallel import read_lines
+from tasks.text.parallel import ParallelText, read_lines
 from tasks.translation import prepare, result
 from tasks.translation import train as training
 from tasks.translation.config import parse_config
@@ -189,6 +190,27 @@ def test_the_validation_loss_is_one_sum_over_all_targets_without_dropout_or_smoo
         nats -= float(logits.log_softmax(-1).gather(1, labels.T).sum())
         targets += labels.numel()
     assert got == pytest.approx([nats / targets] * 2, rel=1e-6)
+
+
+def test_the_length_ratio_drops_training_pairs_alone(cache):
+    config = TINY.changed(cache_dir=cache).config
+    every, few = (
+        training.load_corpus(dataclasses.replace(config, max_length_ratio=ratio), Accelerator(cpu=True))
+        for ratio in (None, 1.0)
+    )
+    assert 0 < len(few.train) < len(every.train)
+    assert few.valid["labels"][:] == every.valid["labels"][:]
+
+
+def test_every_test_sentence_that_stands_in_the_training_text_is_counted(cache, caplog):
+    corpus = generate_corpus(train=600, valid=40, test=12)
+    known, new = corpus["train"].source[:2], corpus["test"].source[:2]
+    leaked = ParallelText([known[0], new[0], known[0], known[1], new[1]], ["a"] * 5)
+    texts = prepare.Texts(corpus["train"], corpus["valid"], {"leaked": leaked, "clean": corpus["test"]}, "")
+    with caplog.at_level("INFO"):
+        prepare.prepare(lambda: texts, Accelerator(cpu=True), vocab_size=600, max_length=250, cache_dir=cache)
+    said = [record.getMessage() for record in caplog.records if "in the training text too" in record.getMessage()]
+    assert said == ["leaked text: 3 of 5 source sentences are in the training text too"]
 
 
 @pytest.mark.trap(21)

@@ -104,6 +104,10 @@ def with_other_text(folder, text):
     return ["--resume", "--train-prefix", str(text / "other")]
 
 
+def with_other_validation_text(folder, text):
+    return ["--resume", "--valid-prefix", str(text / "test")]
+
+
 def without_config(folder, text):
     (folder / "config.json").unlink()
     return ["--resume"]
@@ -144,6 +148,7 @@ def with_checkpoints_alone(folder, text):
             ["another configuration: dropout was 0.1, is 0.2; width was 16, is 32", "the options it was begun with"],
         ),
         (with_other_text, ["update-000004 does not fit this run", "data is not what", "another --output-dir"]),
+        (with_other_validation_text, ["update-000004 does not fit this run", "data is not what"]),
         (without_config, ["config.json is missing", "restore it, or give another --output-dir"]),
         (with_half_a_config, ["config.json cannot be read", "restore it, or give another --output-dir"]),
         (with_a_broken_row, ["metrics.jsonl has a line that is no row of metrics", "take the line out"]),

@@ -10,6 +10,8 @@ from torch import nn
 
 from distributed import run_ranks
 from seqba import CarriedState, TrainStep
+from tasks.run import loop
+from tasks.run.checkpoints import Saver
 from tasks.run.log import read_metrics
 from tasks.run.loop import Run
 from tasks.run.options import RunOptions
@@ -80,6 +82,52 @@ def test_the_best_checkpoint_is_the_one_of_the_tasks_own_metric_in_its_own_direc
     ]
     down, _, _, _ = run(tmp_path / "down", figures=dataclasses.replace(IMAGES, higher_is_better=False))
     assert (down.progress.best_update, down.progress.best_value) == (2, 0.25)
+
+
+@pytest.mark.trap(59)
+@pytest.mark.parametrize(("keep", "newest"), [(1, [6]), (2, [5, 6]), (3, [4, 5, 6]), (9, [1, 3, 4, 5, 6])])
+def test_so_many_newest_checkpoints_are_kept_and_the_best_however_old(keep, newest, tmp_path):
+    falling = dataclasses.replace(IMAGES, higher_is_better=False)  # best after update 2
+    its, _, _, _ = run(tmp_path / "run", figures=falling, save_every=1, keep_checkpoints=keep)
+    assert its.progress.best_update == 2
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"update-{n:06d}" for n in sorted([2, *newest])]
+
+
+@pytest.mark.trap(24)
+def test_the_loss_scaler_goes_on_where_it_was(tmp_path):
+    def saver(**scaler):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)  # of fp16, which accelerate has on GPUs alone
+        model = nn.Linear(2, 3)
+        parts = {"optimizer": torch.optim.SGD(model.parameters()), "parts": {}, "carried": {}}
+        return accelerator.scaler, Saver(accelerator, tmp_path, 2, model=model, **parts)
+
+    before, of_before = saver(init_scale=512.0, growth_interval=7)
+    before.scale(torch.ones(()))
+    before.load_state_dict(before.state_dict() | {"_growth_tracker": 5})
+    of_before.save(1, pinned=())
+    after, of_after = saver()
+    after.scale(torch.ones(()))
+    of_after.resume()
+    assert after.state_dict() == before.state_dict()
+    assert (after.get_scale(), after.state_dict()["_growth_tracker"]) == (512.0, 5)
+
+
+def test_the_rate_that_is_shown_is_of_what_was_done_since_the_start(tmp_path, monkeypatch):
+    clock = iter(range(1_000_000))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    its = Run(Accelerator(cpu=True), tmp_path, RunOptions(max_updates=9), {}, num_copies=2, figures=IMAGES)
+    model = nn.Linear(2, 3)
+    its.attach(model, torch.optim.SGD(model.parameters()))
+    its.progress.update, its.progress.targets = 7, 5_000  # as a resume leaves it
+    updates = its.updates()
+    next(updates)
+    its.progress.targets += 30
+    its._show(1.0)
+    seconds = next(clock) - 1 - its._loop_start
+    assert f"{30 / seconds:,.0f} images/s" in its._bar.postfix
+    updates.close()
 
 
 def test_rows_results_and_curve_speak_the_tasks_words_and_hold_its_columns(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import random
 from contextlib import nullcontext
 
@@ -207,6 +208,9 @@ def test_seed_update_shard_and_copy_all_make_other_masks():
     for other in (mask(copy=1), mask(seed=2), mask(update=3), mask(shard=1)):
         assert not torch.equal(base, other)
     assert torch.equal(base, mask())
+    keys = itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2), (0, 1, 2))  # their sums and products coincide
+    found = {tuple(mask(seed=s, update=u, shard=n, copy=m).flatten().tolist()) for s, u, n, m in keys}
+    assert len(found) == 81
 
 
 def test_masks_keep_the_right_share_and_are_uncorrelated_between_copies():

@@ -102,6 +102,17 @@ def test_each_epoch_has_an_order_of_its_own(sampling, tmp_path):
     assert first != second
 
 
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_the_order_follows_the_seed_of_the_data_where_there_is_one(sampling, tmp_path):
+    def order(**seeds):
+        rows, _ = rows_met(tmp_path, Numbered(13), 2, train_sampling_strategy=sampling, num_train_epochs=1, **seeds)
+        return rows
+
+    want = order(seed=1, data_seed=7)
+    assert order(seed=2, data_seed=7) == want
+    assert order(seed=1, data_seed=8) != want
+
+
 def test_the_rows_are_those_of_a_plain_trainer(tmp_path):
     model = Recorder()
     args = arguments(tmp_path, num_train_epochs=2, per_device_train_batch_size=4, train_sampling_strategy="random")

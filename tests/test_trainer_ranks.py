@@ -142,13 +142,14 @@ def test_a_shard_draws_its_own_numbers_from_every_generator_and_the_runs_own_go_
     start = rng_state()
     want = drawn()
     found = []
-    for update, shard in itertools.product((1, 2), (0, 1)):
+    keys = list(itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2)))  # their sums and products coincide
+    for key in keys:
         set_rng_state(start)
-        with generators_of_rank(42, update, shard):
+        with generators_of_rank(*key):
             found.append(drawn())
         assert drawn() == want
     for numbers in zip(*found, strict=True):
-        assert len(set(map(str, numbers))) == 4
+        assert len(set(map(str, numbers))) == len(keys)
 
 
 OTHERS = """
@@ -213,7 +214,8 @@ report({"counts": counts, "own": total(own),
         "labels": [[int(label) for label in row if label != -100] for row in predicted],
         "short": total(seen.gradients),
         "copies_per_pass": trainer.counters.copies_per_pass,
-        "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances)})
+        "unique": int(trainer.counters.unique_samples), "seen": int(trainer.counters.seen_instances),
+        "targets": int(trainer.counters.target_tokens)})
 """
 
 
@@ -235,6 +237,8 @@ def test_ranks_agree_on_a_plan_count_together_and_may_average_by_rank(other_find
     model, data = EVERY_FAMILY["llama"](dropout=0.0), Samples("llama", 12).rows
     assert [rank["copies_per_pass"] for rank in ranks] == [2, 2]
     assert [(rank["unique"], rank["seen"]) for rank in ranks] == [(12, 48), (12, 48)]
+    targets = 4 * sum(len(row["labels"]) - 1 for row in data)
+    assert [rank["targets"] for rank in ranks] == [targets, targets]
     updates = [token_gradient(model, [Pad()(data[i : i + 6])]) for i in (0, 6)]
     own = [token_gradient(model, [Pad()(rows)]) for rows in (data[0:3], data[3:6])]
     mean = {name: (own[0][name] + own[1][name]) / 2 for name in own[0]}

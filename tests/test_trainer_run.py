@@ -142,6 +142,9 @@ def test_counters_tell_samples_from_instances_and_survive_a_resume(tmp_path):
         resumed = make(tmp_path, llama(0.3), ba_m=4, settings=settings)
         resumed.train(resume_from_checkpoint=str(first))
         assert (resumed.counters.unique_samples, resumed.counters.seen_instances) == (14, 56)
+        last = resumed.state.log_history[-1]  # rates are of the second epoch alone, of 7 samples
+        assert last["unique_samples_per_second"] * last["train_runtime"] == pytest.approx(7, rel=1e-2)
+        assert last["seen_instances_per_second"] * last["train_runtime"] == pytest.approx(28, rel=1e-2)
         resumed.train()  # another run counts from zero
         assert resumed.counters.unique_samples == 14
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -125,6 +126,18 @@ def test_evaluation_meets_no_dropout_and_moves_no_generator(translator):
     first = translate(Accelerator(cpu=True), model, tokenizer, sources[:8])
     assert first == translate(Accelerator(cpu=True), model, tokenizer, sources[:8])
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_padding_is_never_decoded_however_likely_it_is(num_beams, translator):
+    model, tokenizer, sources = translator
+    model = copy.deepcopy(model).eval()
+    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    model.final_logits_bias[0, pad] = 100.0
+    model.generation_config = decoding_config(model, num_beams=num_beams, length_penalty=0.6, max_length=9)
+    found = model.generate(**tokenizer(sources[:5], padding=True, return_tensors="pt"))[:, 1:].tolist()
+    for row in found:
+        assert pad not in row[: row.index(eos) if eos in row else None]
 
 
 @pytest.mark.trap(36)

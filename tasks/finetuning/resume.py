@@ -32,6 +32,8 @@ _TRAINING = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
     "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32",
+    "auto_find_batch_size", "accelerator_config", "remove_unused_columns", "label_names", "full_determinism",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
 )  # fmt: skip
 
 
