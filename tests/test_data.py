@@ -282,6 +282,17 @@ def test_batches_are_those_of_data_collator_for_seq2seq(start, encoded, tokenize
                 torch.testing.assert_close(x, wanted[name], rtol=0, atol=0)
 
 
+def test_padding_start_and_zero_are_three_ids():
+    samples = [{"input_ids": [4, 0, 1], "labels": [8, 1]}, {"input_ids": [6, 1], "labels": [0, 9, 3, 1]}]
+    batch = TranslationCollator(pad_token_id=5, decoder_start_token_id=7)(samples)
+    assert {name: x.tolist() for name, x in batch.items()} == {
+        "input_ids": [[4, 0, 1], [6, 1, 5]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[8, 1, -100, -100], [0, 9, 3, 1]],
+        "decoder_input_ids": [[7, 8, 1, 5], [7, 0, 9, 3]],
+    }
+
+
 @pytest.mark.trap(35)
 @pytest.mark.parametrize("num_copies", [1, 3])
 def test_the_decoder_inputs_exist_and_every_tensor_is_repeated(encoded, model, num_copies):

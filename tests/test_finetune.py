@@ -246,7 +246,7 @@ def test_two_ranks_train_and_score_together(models, data, tmp_path):
 
 @pytest.mark.trap(35)
 @pytest.mark.parametrize("family", ["bart", "t5"])
-def test_label_smoothing_trains_an_encoder_decoder_on_its_shifted_targets(family, models, data, finetune, tmp_path):
+def test_an_encoder_decoder_has_its_decoder_inputs_under_label_smoothing_too(family, models, data, finetune, tmp_path):
     options = ["--label_smoothing_factor", 0.1, "--learning_rate", 0, "--max_steps", 1, "--dataloader_drop_last", True]
     argv = ["--model", models / family, "--dataset", data / "pairs"]
     verdict = call_with(finetune, argv, [*options, "--per_device_train_batch_size", 20], "run")

@@ -11,6 +11,7 @@ from seqba import TrainStep, repeat_batch
 from seqba.groups import CopyGroup
 from seqba.passes import CopyPlan, PassLoop, plan_passes
 from tiny_models import FAMILIES, batch_for, count, gradients, marian, summed_nll
+from trainers import summary
 
 
 class Kept(torch.optim.SGD):
@@ -310,6 +311,7 @@ from distributed import report
 from seqba import TrainStep
 from tiny_models import batch_for, count, marian, summed_nll
 from test_step import Kept
+from trainers import summary
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 accelerator = Accelerator(cpu=True)
@@ -346,7 +348,7 @@ for smoothing in (0.0, 0.1):
             out["hooks"].append(calls[0])
             out["buckets"].append(len(buckets))
             out["reductions"].append(reductions[0] - calls[0])
-            out["gradients"].append([float(g.sum()) for g in optimizer.seen.values()])
+            out["gradients"].append(summary(optimizer.seen))
 report(out)
 """
 
@@ -368,7 +370,7 @@ def test_two_ranks_give_the_gradient_of_the_mean_over_all_their_tokens(two_ranks
             batches = [
                 batch_for("marian", 3 + rank, seed=10 * rank + i) for rank in (0, 1) for i in range(accumulation)
             ]
-            want = torch.tensor([float(g.sum()) for g in reference_gradient(model, batches, smoothing).values()])
+            want = torch.tensor(summary(reference_gradient(model, batches, smoothing)))
             for _ in range(5):
                 for got in next(cells):
                     torch.testing.assert_close(torch.tensor(got), want, rtol=1e-3, atol=1e-5)

@@ -20,6 +20,25 @@ def marked(file):
                     yield ast.literal_eval(mark.args[0])
 
 
+def asserts(test):
+    """Whether a test can fail: it asserts, expects an error, or calls a helper that is named for it."""
+    names = [ast.unparse(node.func).split(".")[-1] for node in ast.walk(test) if isinstance(node, ast.Call)]
+    return any(isinstance(node, ast.Assert) for node in ast.walk(test)) or any(
+        name.startswith(("assert_", "check_")) or name in ("raises", "warns") for name in names
+    )
+
+
+def test_every_marked_test_can_fail():
+    idle = [
+        f"{file.name}::{test.name}"
+        for file in sorted(HERE.glob("test_*.py"))
+        for test in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(test, ast.FunctionDef) and any("trap(" in ast.unparse(mark) for mark in test.decorator_list)
+        if not asserts(test)
+    ]
+    assert not idle
+
+
 MARKED = {file.name: set(marked(file)) for file in sorted(HERE.glob("test_*.py"))}
 ROWS = [
     re.fullmatch(r"\| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", line)
