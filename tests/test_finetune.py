@@ -196,6 +196,20 @@ def test_the_test_split_is_translated_with_the_prefix_by_the_search_that_is_name
     assert "beam 3, log-probability / L^4.0" in verdict.stdout
 
 
+def test_training_and_validation_meet_the_prefix_too(models, data, finetune, tmp_path):
+    rows = {name: datasets.load_from_disk(data / "pairs")[name].to_dict() for name in ("train", "validation")}
+    for part in rows.values():
+        part["source"] = ["w8 w9 " + source for source in part["source"]]
+    DatasetDict({name: Dataset.from_dict(part) for name, part in rows.items()}).save_to_disk(tmp_path / "prefixed")
+    argv = ["--model", models / "t5", "--dataset"]
+    assert finetune(*argv, tmp_path / "prefixed", out="a").status == 0
+    assert finetune(*argv, data / "pairs", "--source_prefix", "w8 w9 ", out="b").status == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    scores = [json.loads((tmp_path / name / "results.json").read_text())["validation"] for name in "ab"]
+    assert scores[0]["eval_nats_per_token"] == scores[1]["eval_nats_per_token"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5"])  # with and without a number of positions
 def test_texts_are_cut_to_the_length_that_is_asked_for(family, models, data, finetune):
     name = "texts" if family == "gpt2" else "pairs"

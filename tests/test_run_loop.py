@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_the_rate_that_is_shown_is_of_what_was_done_since_the_start(tmp_path, mo
     model = nn.Linear(2, 3)
     its.attach(model, torch.optim.SGD(model.parameters()))
     its.progress.update, its.progress.targets = 7, 5_000  # as a resume leaves it
-    updates = its.updates()
+    updates: Any = its.updates()
     next(updates)
     its.progress.targets, now[0] = 5_036, 103.0
     its._show(1.0)
