@@ -171,6 +171,36 @@ def test_every_update_has_its_own_rate_and_the_adam_of_vaswani(tmp_path, cache, 
     assert {row["update"]: row["lr"] for row in rows(folder)} == pytest.approx(want)
 
 
+def test_every_option_of_training_reaches_the_update(tmp_path, cache, monkeypatch):
+    met = []
+
+    def call(self, batches, *, update):
+        met.append((self, len(batches)))
+        raise Killed
+
+    monkeypatch.setattr(training.TrainStep, "__call__", call)
+    changes = {
+        "dropout": 0.11, "attention_dropout": 0.22, "activation_dropout": 0.33, "label_smoothing": 0.44,
+        "max_norm": 5.5, "ba_m": 3, "copies_per_pass": 2, "reproducible_copies": True, "accumulation": 2,
+        "gradient_checkpointing": True, "num_layers": 2, "num_heads": 4, "ffn_width": 40, "width": 24,
+    }  # fmt: skip
+    for seed in (7, 8):
+        with pytest.raises(Killed):
+            run(tmp_path / f"{seed}", cache, seed=seed, **changes)
+    (step, num_batches), (other, _) = met
+    assert (len(step.plan.copies), step.plan.copies_per_pass, step.copy_seed, step.max_norm) == (3, 2, 7, 5.5)
+    assert (num_batches, step.model.label_smoothing, other.copy_seed) == (2, 0.44, 8)
+    network = step.model.model
+    for half in (network.model.encoder, network.model.decoder):
+        assert (half.dropout, len(half.layers), half.gradient_checkpointing) == (0.11, 2, True)
+        for layer in half.layers:
+            assert (layer.dropout, layer.activation_dropout) == (0.11, 0.33)
+            assert (layer.self_attn.dropout, layer.self_attn.num_heads) == (0.22, 4)
+            assert layer.fc1.weight.shape == (40, 24)
+    weights_of = [one.model.model.model.shared.weight for one in (step, other)]
+    assert not torch.equal(*weights_of)
+
+
 def test_the_validation_loss_is_one_sum_over_all_targets_without_dropout_or_smoothing(cache):
     accelerator, config = Accelerator(cpu=True), TINY.changed(cache_dir=cache, dropout=0.3).config
     corpus = training.load_corpus(config, accelerator)

@@ -16,7 +16,7 @@ from tasks.run.checkpoints import Saver
 from tasks.run.log import read_metrics
 from tasks.run.loop import Run
 from tasks.run.options import RunOptions
-from tasks.run.progress import Figures
+from tasks.run.progress import Figures, Progress
 
 IMAGES = Figures(
     target="image", loss="loss (nats per image)", training="training", metric="accuracy", higher_is_better=True
@@ -93,6 +93,20 @@ def test_so_many_newest_checkpoints_are_kept_and_the_best_however_old(keep, newe
     assert its.progress.best_update == 2
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"update-{n:06d}" for n in sorted([2, *newest])]
+
+
+def test_a_row_holds_the_means_of_its_own_updates_alone():
+    progress = Progress()
+
+    def row(*updates):
+        for loss, norm in updates:
+            progress.count(loss, norm, samples=5, targets=20, num_copies=2, max_norm=2.0)
+        closed = progress.close_window(IMAGES, {})
+        return [closed[name] for name in ("loss", "grad_norm", "clip_fraction", "unique_samples", "target_images")]
+
+    assert row((4.0, 3.0), (2.0, 1.0), (1.5, 0.5)) == [2.5, 1.5, pytest.approx(1 / 3), 15, 60]
+    assert row((6.0, 5.0), (8.0, 7.0)) == [7.0, 6.0, 1.0, 25, 100]
+    assert row((3.0, 2.0)) == [3.0, 2.0, 0.0, 30, 120]  # at the limit nothing is clipped
 
 
 @pytest.mark.trap(24)

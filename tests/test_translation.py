@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -306,6 +307,8 @@ def test_a_rate_that_falls_to_the_last_update_ends_at_zero_and_fixes_that_update
     assert rate(10) == pytest.approx(peak)
     assert rate(5) == pytest.approx(peak / 2)
     assert rate(55) == pytest.approx(peak / 2)  # half way down, a line and half a cosine are equal
+    fifth = 0.8 if decay == "linear" else (1 + math.cos(0.2 * math.pi)) / 2
+    assert rate(28) == pytest.approx(peak * fifth)
     assert rate(100) == pytest.approx(0.0, abs=1e-12)
     assert "max_updates" not in may_differ(config)
     assert "max_updates" in may_differ(TranslationConfig())
