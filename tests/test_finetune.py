@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -409,6 +410,19 @@ def test_ctrl_c_saves_and_the_same_command_with_last_continues_to_the_same_weigh
     assert verdict.status == 0, verdict.error
     got = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_model_files_follow_the_umask(umask, models, data, finetune, tmp_path):
+    before = os.umask(umask)
+    try:
+        verdict = finetune("--model", models / "gpt2", "--dataset", data / "texts")
+    finally:
+        os.umask(before)
+    assert verdict.status == 0, verdict.error
+    files = list((tmp_path / "run").rglob("*.safetensors"))
+    assert len(files) >= 2  # the model, and a checkpoint's
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(models, data, finetune, tmp_path):

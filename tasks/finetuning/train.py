@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from seqba.audit import IdenticalCopiesError
+from seqba.checkpoint.files import follow_umask
 from seqba.errors import StreamError, UnsupportedError
 from seqba.trainer import BatchAugmentationArguments, BatchAugmentationTrainer
 from tasks.cli.errors import UserError, identical_copies, writing
@@ -90,6 +91,8 @@ def finetune(
     # ---- results
     check_weights(trainer)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        follow_umask(*Path(args.output_dir).rglob("*.safetensors"))
     sentences = splits.get(TEST) if task == SEQ2SEQ else None
     results: dict[str, Any] = {"task": task, "options": as_json(config, ba_args, args)}
     results |= _evaluate(config, trainer, encoded.get(TEST), sentences)
