@@ -340,7 +340,7 @@ def test_on_a_gpu_the_lean_loss_is_as_near_to_the_definition_as_the_plain_loss(s
 
 def largest_allocation(run: Callable[[], object]) -> int:
     """Bytes of the largest tensor made by any operation inside `run`, as torch's allocator saw it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         run()
     return max(event.self_cpu_memory_usage for event in trace.events())
 
