@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,3 +21,9 @@ def show_log(is_main_process: bool = True) -> None:
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):
         logger.addHandler(_Lines())
     logger.setLevel(logging.INFO if is_main_process else logging.WARNING)
+
+
+def progress_bar(unit: str, total: int, is_main_process: bool, **more: Any) -> tqdm:
+    """A bar on the main process, whose lines are few where they go into a file; `more` goes to tqdm."""
+    pause = 0.2 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(total=total, unit=unit, mininterval=pause, disable=not is_main_process, **more)

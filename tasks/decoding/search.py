@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 from transformers import MarianTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig
 
+from tasks.cli.log import progress_bar
 from tasks.decoding.beam_cache import CACHE, BeamCache
 from tasks.decoding.mc_dropout import averaged_over_masks
 from tasks.decoding.skip_finished import skip_finished
@@ -112,13 +111,7 @@ def translate(
         accelerator.autocast(),
         averaged_over_masks(model, num_masks) if num_masks else nullcontext(),
         skip_finished(model),
-        tqdm(
-            total=len(mine),
-            desc="translating",
-            unit="sentence",
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
-            disable=not accelerator.is_main_process,
-        ) as bar,
+        progress_bar("sentence", len(mine), accelerator.is_main_process, desc="translating") as bar,
     ):
         for batch in _batches_by_length(mine, ids, limits, max_tokens, max_scores):
             padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt").to(accelerator.device)

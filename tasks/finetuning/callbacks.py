@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback
 
 from tasks.cli.errors import RunError
-from tasks.run.guards import has_finite_weights
+from tasks.run.guards import has_finite_weights, on_any_rank
 
 _REMEDY = "lower --learning_rate, lengthen --warmup_steps, or clip harder with --max_grad_norm"
 
@@ -45,8 +44,7 @@ class StopAtSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look for a signal after an update."""
-        flag = torch.tensor(len(self._received), device=args.device)
-        if bool(reduce(flag, "sum")):
+        if on_any_rank(bool(self._received), args.device):
             self.stopped = control.should_save = control.should_training_stop = True
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import nn
 
 from tasks.cli.errors import RunError
@@ -33,6 +35,13 @@ class NonFiniteError(RunError):
 def has_finite_weights(model: nn.Module) -> bool:
     """Whether no parameter of the model is nan or infinite; waits for the device once."""
     return bool(torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all())
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on some rank; one rank alone waits for no device."""
+    if PartialState().num_processes == 1:
+        return flag
+    return bool(reduce(torch.tensor(int(flag), device=device), "sum"))
 
 
 @contextmanager

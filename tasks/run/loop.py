@@ -7,7 +7,6 @@ A run folder holds `config.json`, `metrics.jsonl` (one object a logged update), 
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,10 +22,11 @@ from tqdm import tqdm
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, writing
 from tasks.cli.files import write_json
+from tasks.cli.log import progress_bar
 from tasks.cli.software import software
 from tasks.run.checkpoints import Saver, Stateful, how_to_go_on
 from tasks.run.folder import RunFolder
-from tasks.run.guards import NonFiniteError, has_finite_weights, stop_signals
+from tasks.run.guards import NonFiniteError, has_finite_weights, on_any_rank, stop_signals
 from tasks.run.log import draw_curve, read_metrics
 from tasks.run.options import RunOptions
 from tasks.run.progress import Figures, Progress
@@ -176,18 +176,14 @@ class Run:
         """
         self._last_time = time.perf_counter()
         self._loop_start, self._targets_at_start = self._last_time, self.progress.targets
-        self._bar = tqdm(
-            total=self.options.max_updates,
-            initial=self.progress.update,
-            unit="update",
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log file wants fewer lines
-            disable=not self.accelerator.is_main_process,
+        self._bar = progress_bar(
+            "update", self.options.max_updates, self.accelerator.is_main_process, initial=self.progress.update
         )
         with stop_signals() as stop, self._bar:
             while self.progress.update < self.options.max_updates:
                 yield self.progress.update + 1
                 self._bar.update(self.progress.update - self._bar.n)
-                if self._anywhere(bool(stop)):
+                if on_any_rank(bool(stop), self.accelerator.device):
                     self.interrupted = True
                     break
             self._tick()
@@ -307,12 +303,6 @@ class Run:
         now = time.perf_counter()
         self.progress.seconds += now - self._last_time
         self._last_time = now
-
-    def _anywhere(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flags, "sum"))
 
     def _show(self, loss: float) -> None:
         """Refresh the progress bar's figures: the newest loss, targets a second (of all copies), samples, instances."""
