@@ -437,7 +437,7 @@ def test_bad_options_about_the_trainer_are_named(change, message):
     [
         ({"ba_m": 1}, "--ba-m must be at least 2, got 1"),
         ({"pairs": 1}, "--pairs must be at least 2, got 1"),
-        ({"rows": ["speed"]}, "--rows must be of trainer, .* got speed"),
+        ({"rows": ["speed"]}, "--rows must be one of trainer, .* got speed"),
     ],
 )
 def test_bad_options_are_named(change, message):

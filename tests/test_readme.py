@@ -47,7 +47,7 @@ def test_every_option_is_one_of_the_scripts():
     tasks = ("translation", "finetuning", "language-modelling", "vision")
     scripts = [*((name,) for name in names), *(("benchmark.py", task) for task in tasks)]
     known = set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    named = {name.replace("_", "-") for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", README)}
     assert len(named) > 30
     assert not named - known
 

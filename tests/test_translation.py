@@ -260,12 +260,12 @@ def test_a_preset_with_text_reads_it_under_the_data_folder_and_is_overridden_by_
 @pytest.mark.parametrize(
     ("argv", "shown"),
     [
-        ([], {"--max-updates": "800", "--train-prefix": "[]"}),
+        ([], {"--max-updates": "800", "--train-prefix": None}),
         (["--preset", "multi30k-small"], {"--max-updates": "3000", "--train-prefix": "['multi30k/train']"}),
         (["--preset=transformer-base"], {"--max-updates": "100000", "--ffn-width": "2048"}),
         (
             ["--preset", "multi30k-small", "--train_prefix", "own", "more"],
-            {"--lr-decay": "cosine", "--train-prefix": "[]"},
+            {"--lr-decay": "cosine", "--train-prefix": None},
         ),
     ],
 )
@@ -273,10 +273,27 @@ def test_help_shows_the_values_of_the_preset_that_is_named(argv, shown, monkeypa
     monkeypatch.delenv("SEQBA_DATA", raising=False)
     with pytest.raises(SystemExit, match="0"):
         parse_config([*argv, "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
     for name, value in shown.items():
-        help_of_option = said.split(f", {name} ")[1]
-        assert re.search(r"\(default: ([^)]*)\)", help_of_option)[1] == value
+        help_of_option = " ".join(re.split(r"\n  -|\n\n", said.split(f"\n  {name} ")[1])[0].split())
+        found = re.search(r"\(default: (.*)\)", help_of_option)
+        assert (found and found[1]) == value
+
+
+def test_help_has_groups_choices_and_one_spelling(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_config(["--help"])
+    groups = dict(re.findall(r"(?m)^(\S.*):\n((?:  .*\n|\n(?=  ))+)", capsys.readouterr().out))
+    assert list(groups) == [
+        "options", "data", "model; the dropouts are the transform T", "optimisation", "decoding", "Batch Augmentation",
+        "run", "machine",
+    ]  # fmt: skip
+    assert f"--preset {{{','.join(PRESETS)}}}" in groups["options"]
+    assert "--lr-decay {inverse-sqrt,linear,cosine}\n" in groups["optimisation"]
+    assert "--mixed-precision {no,bf16,fp16}\n" in groups["machine"]
+    assert "--ba-m BA_M " in groups["Batch Augmentation"]
+    assert "--traceback " in groups["options"]
+    assert not any(re.search(r"--[a-z]+_", text) for text in groups.values())
 
 
 @pytest.mark.parametrize(

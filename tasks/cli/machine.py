@@ -32,7 +32,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 class MachineOptions:
     """Where a script computes, options of all of them."""
 
-    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate is configured to")
+    mixed_precision: str | None = option(
+        None, "by default what accelerate is configured to", group="machine", choices=PRECISIONS
+    )
     cpu: bool = option(False, "use the processor even where an accelerator is at hand")
     num_threads: int | None = option(
         None, "threads of a process on the processor; by default all cores where one process runs alone"
@@ -40,7 +42,7 @@ class MachineOptions:
 
     def __post_init__(self) -> None:
         check_least(self, {"num_threads": 1})
-        check_choices(self, {"mixed_precision": PRECISIONS})
+        check_choices(self)
 
 
 def parse_with_machine(config: type[ConfigT], argv: Sequence[str] | None, text: str) -> tuple[ConfigT, MachineOptions]:

@@ -1,18 +1,63 @@
 """The command line of a script: options from dataclasses, and complaints in one line."""
 
 import re
-from argparse import ArgumentParser
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import field
+from copy import copy
+from dataclasses import Field, field, fields
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 from tasks.cli.errors import UserError
 
+# The groups of `--help` for dataclasses whose fields name none.
+_GROUPS = {
+    "BatchAugmentationArguments": "Batch Augmentation",
+    "TrainingArguments": "training: the options of transformers' Trainer",
+}
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Each option by one spelling, and no default where there is none."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        plain = copy(action)
+        plain.option_strings = [text for text in action.option_strings if "_" not in text] or action.option_strings
+        return super()._format_action_invocation(plain)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
 
 class OptionParser(HfArgumentParser):
-    """`HfArgumentParser` whose complaints are `UserError`s that name the option, not pages of usage."""
+    """`HfArgumentParser` with options in groups, whose complaints are `UserError`s that name the option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, usage="%(prog)s [options]", formatter_class=_HelpFormatter, **kwargs)
+        self.add_argument(
+            "--traceback",
+            action="store_true",
+            default=SUPPRESS,  # `explained` takes it off the command line
+            help="show the traceback of an unexpected error, which is one line otherwise",
+        )
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        title = _GROUPS.get(dtype.__name__)
+        self._group = self.add_argument_group(title) if title else self
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser: ArgumentParser, field: Field) -> None:
+        """Add a field's option to the group that it, or the last field with one, names."""
+        metadata = dict(field.metadata)
+        if title := metadata.pop("group", None):
+            self._group = self.add_argument_group(title)
+        if choices := metadata.pop("choices", None):
+            metadata["metavar"] = f"{{{','.join(choices)}}}"
+        named = copy(field)
+        named.metadata = MappingProxyType(metadata)
+        super()._parse_dataclass_field(self._group, named)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
@@ -48,9 +93,19 @@ class OptionParser(HfArgumentParser):
         return named
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of options, with its help."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *, group: str | None = None, choices: Collection[str] = ()) -> Any:
+    """A field of a dataclass of options, with its help.
+
+    Args:
+        default: a list is copied for every instance.
+        text: the help.
+        group: the title of the group of `--help` that begins with this option.
+        choices: what the value (of a list, each value) may be; `check_choices` holds it to them.
+    """
+    metadata = {"help": text, "group": group, "choices": tuple(choices)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
@@ -70,9 +125,10 @@ def check_least(options: Any, least: Mapping[str, int]) -> None:
             raise UserError(f"{flag(name)} must be at least {limit}, got {value}")
 
 
-def check_choices(options: Any, choices: Mapping[str, Collection[str]]) -> None:
-    """Refuse options that are none of their choices by a UserError; one that is None is not looked at."""
-    for name, known in choices.items():
-        value = getattr(options, name)
-        if value is not None and value not in known:
-            raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value}")
+def check_choices(options: Any) -> None:
+    """Refuse a value that is none of its option's `choices` by a UserError; one that is None is not looked at."""
+    for named in fields(options):
+        known, value = named.metadata.get("choices"), getattr(options, named.name)
+        for one in value if isinstance(value, list) else [value]:
+            if known and one is not None and one not in known:
+                raise UserError(f"{flag(named.name)} must be one of {', '.join(known)}, got {one}")

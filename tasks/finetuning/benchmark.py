@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Trainer
@@ -12,7 +12,7 @@ from seqba.trainer import BatchAugmentationTrainer
 from tasks.benchmark.options import BenchmarkOptions
 from tasks.benchmark.ratios import Ratio, Row, compare_seconds
 from tasks.benchmark.trainer import time_updates
-from tasks.cli.options import check_choices, option
+from tasks.cli.options import option
 from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
 from tasks.finetuning.data import encode, load_splits
 from tasks.finetuning.generated import generate_model
@@ -26,15 +26,14 @@ _WARM_UP = 3  # updates of every `train` call that are not timed; the first asks
 class FinetuningBenchmark(BenchmarkOptions):
     """Options of the benchmark: it times updates of a task's generated model, with transformers' default settings."""
 
-    task: str = option(SEQ2SEQ, f"one of {', '.join(TASKS)}")
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
+    task: str = option(SEQ2SEQ, "what the model is for", choices=TASKS)
+    rows: list[str] = option(list(ROWS), "what is measured", choices=ROWS)
     batch_size: int = option(32, "B, samples of an update")
     updates: int = option(24, "updates in one timing")
     pairs: int = option(9, "timed pairs, A B A B")
 
     def __post_init__(self) -> None:
-        self.check(ROWS, batch_size=1)
-        check_choices(self, {"task": TASKS})
+        self.check(batch_size=1)
 
 
 class TrainerUpdates:

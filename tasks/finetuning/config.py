@@ -41,12 +41,15 @@ class FinetuningConfig:
         None,
         "model folder of transformers or hub id, with its tokenizer; its weights are trained in float32 "
         "(autocast by --bf16 true); by default a small new one",
+        group="model",
     )
     task: str | None = option(
-        None, f"{', '.join(TASKS)}; by default what the model's head is for, {SEQ2SEQ} for a new model"
+        None, f"by default what the model's head is for, {SEQ2SEQ} for a new model", choices=TASKS
     )
     dataset: str | None = option(
-        None, "data set: a folder of save_to_disk or of data files, or a hub id; by default a generated one"
+        None,
+        "data set: a folder of save_to_disk or of data files, or a hub id; by default a generated one",
+        group="data",
     )
     dataset_config: str | None = option(None, "configuration of the data set, such as de-en of wmt/wmt16")
     source_column: str | None = option(None, f"column of the sources of {SEQ2SEQ}")
@@ -63,13 +66,13 @@ class FinetuningConfig:
     label_column: str = option("label", f"column of the classes of {CLASSIFICATION}")
     max_length: int = option(512, "tokens of a text, or of a side; longer ones are cut, and counted")
     valid_share: float = option(0.05, "share of the training split that is held out where there is no validation split")
-    num_beams: int = option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}")
+    cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
+    num_beams: int = option(4, f"beam width of the translations of the test split, of {SEQ2SEQ}", group="decoding")
     length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
     bleu_tokenize: str | None = option(None, "tokeniser of sacreBLEU (13a, char, zh ...); by default by the language")
-    cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
 
     def __post_init__(self) -> None:
-        check_choices(self, {"task": TASKS})
+        check_choices(self)
         if self.max_length < 2:
             raise UserError(f"--max_length must be at least 2, got {self.max_length}")
         if self.num_beams < 1:

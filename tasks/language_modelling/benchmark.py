@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ class LanguageModelBenchmark(BenchmarkOptions):
 
     preset: str = option("awd-lstm-ptb", "of scripts/train_ptb.py")
     vocab_size: int = option(10_000, "V, words of the text")
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
+    rows: list[str] = option(list(ROWS), "what is measured", choices=ROWS)
     ba_m: int = option(10, "M of the rows about Batch Augmentation")
     updates: int = option(10, "updates in one timing")
     pairs: int = option(5, "timed pairs, A B A B; none for waiting and memory")
 
     def __post_init__(self) -> None:
-        self.check(ROWS, vocab_size=3)
+        self.check(vocab_size=3)
 
     def training(self, **changes: Any) -> LanguageModelOptions:
         """The run whose updates are timed: it never validates or saves, and logs as the preset does."""

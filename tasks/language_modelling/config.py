@@ -29,19 +29,22 @@ class LanguageModelConfig:
     takes it (section 4.3, M = 10).
     """
 
-    preset: str = option("generated", "named values for all other options; an option that is given overrides it")
+    preset: str = option(
+        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+    )
 
-    # data
     data: str | None = option(
         None,
         "folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens for the splits train, valid and test (plain, .gz or "
         ".xz), a folder of save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+        group="data",
     )
     corpus_seed: int = option(0, "seed of the generated corpus, its test sentences too")
     vocab_size: int | None = option(None, "words, <eos> and <unk> included; rarer ones become <unk>; by default all")
 
-    # model: the five dropouts are the transform T
-    embedding_size: int = option(128, "width of the embeddings and of the last layer")
+    embedding_size: int = option(
+        128, "width of the embeddings and of the last layer", group="model; the dropouts are the transform T"
+    )
     hidden_size: int = option(256, "width of the other layers")
     num_layers: int = option(2, "LSTM layers")
     input_dropout: float = option(0.3, "probability of zeroing, on the embedded input; one mask a window")
@@ -50,11 +53,12 @@ class LanguageModelConfig:
     embedding_dropout: float = option(0.1, "probability of zeroing, of words of the vocabulary")
     weight_dropout: float = option(0.3, "probability of zeroing, of recurrent weights")
     mask_scope: str = option(
-        "per_copy", "masks of weights and of words: per_copy, each copy its own; shared, one for all copies of a pass"
+        "per_copy",
+        "masks of weights and of words: per_copy, each copy its own; shared, one for all copies of a pass",
+        choices=get_args(MaskScope),
     )
 
-    # optimisation
-    batch_size: int = option(20, "B, the parallel streams of a rank's batch, before repetition")
+    batch_size: int = option(20, "B, the parallel streams of a rank's batch, before repetition", group="optimisation")
     bptt: int = option(70, "usual time steps of a window; lengths vary around it, and the learning rate with them")
     learning_rate: float = option(30.0, "of a window of --bptt time steps")
     weight_decay: float = option(1.2e-6, "L2 penalty of SGD")
@@ -75,7 +79,7 @@ class LanguageModelConfig:
                 raise UserError(f"{flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be above 0 and finite, got {self.learning_rate}")
-        check_choices(self, {"mask_scope": get_args(MaskScope)})
+        check_choices(self)
 
     @property
     def text(self) -> str:

@@ -14,7 +14,7 @@ from tasks.cli.options import OptionParser, check_least, option
 class RunOptions:
     """How long a run trains, what it writes, and when."""
 
-    max_updates: int = option(800, "updates (optimizer steps)")
+    max_updates: int = option(800, "updates (optimizer steps)", group="run")
     accumulation: int = option(1, "batches of a rank in one update")
     max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
     num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")

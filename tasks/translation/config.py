@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from tasks.cli.errors import UserError
@@ -28,20 +28,18 @@ class TranslationConfig:
     Augmentation paper trains it (section 4.3): 100 000 updates of 4 096 padded tokens a rank.
     """
 
-    preset: str = option("generated", "named values for all other options; an option that is given overrides it")
+    preset: str = option(
+        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+    )
 
-    # data
-    train_prefix: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "parallel training text: P for files P.en and P.de (plain, .gz, .xz or .bz2), or "
-            "datasets:NAME:CONFIG:SPLIT for a data set of the hub or a folder; several are joined"
-        },
+    train_prefix: list[str] = option(
+        [],
+        "parallel training text: P for files P.en and P.de (plain, .gz, .xz or .bz2), or "
+        "datasets:NAME:CONFIG:SPLIT for a data set of the hub or a folder; several are joined",
+        group="data",
     )
     valid_prefix: str | None = option(None, "parallel text that chooses the best checkpoint")
-    test_prefix: list[str] = field(
-        default_factory=list, metadata={"help": "parallel test text, translated and scored at the end, each by itself"}
-    )
+    test_prefix: list[str] = option([], "parallel test text, translated and scored at the end, each by itself")
     data_dir: str | None = option(None, "folder of the text that a preset names; by default $SEQBA_DATA")
     source_lang: str = option("en", "ending of the source files")
     target_lang: str = option("de", "ending of the target files")
@@ -54,8 +52,7 @@ class TranslationConfig:
     cache_dir: str = option("runs/cache", "folder for the trained vocabulary and the preprocessed text")
     num_proc: int = option(1, "threads that preprocess")
 
-    # model: MarianConfig as a Transformer; the four dropouts are the transform T
-    width: int = option(192, "width of the model, D")
+    width: int = option(192, "width of the model, D", group="model; the dropouts are the transform T")
     ffn_width: int = option(768, "width of the feed-forward layers")
     num_layers: int = option(2, "layers of the encoder, and of the decoder")
     num_heads: int = option(4, "heads of every attention layer, H")
@@ -63,18 +60,20 @@ class TranslationConfig:
     attention_dropout: float = option(0.1, "probability of zeroing, on attention weights")
     activation_dropout: float = option(0.1, "probability of zeroing, inside the feed-forward layers")
 
-    # optimisation
-    max_tokens: int = option(512, "padded tokens in a batch, max(source, target) times pairs, before repetition")
+    max_tokens: int = option(
+        512, "padded tokens in a batch, max(source, target) times pairs, before repetition", group="optimisation"
+    )
     warmup_updates: int = option(150, "updates of linear warm-up")
     lr_scale: float = option(0.35, "the learning rate's peak is this times (width * warmup-updates)^-0.5")
     lr_decay: str = option(
-        "inverse-sqrt", "fall of the rate after its peak: inverse-sqrt, or linear or cosine to 0 at max-updates"
+        "inverse-sqrt",
+        "fall of the rate after its peak; linear and cosine end at 0 at --max-updates",
+        choices=LR_DECAYS,
     )
     label_smoothing: float = option(0.1, "probability mass spread evenly over the vocabulary")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
 
-    # decoding
-    num_beams: int = option(4, "beam width of the search for translations")
+    num_beams: int = option(4, "beam width of the search for translations", group="decoding")
     length_penalty: float = option(0.6, "finished beams are ranked by log-probability / length^this")
     bleu_tokenize: str | None = option(None, "tokeniser of sacreBLEU (13a, char, zh ...); by default by the language")
 
@@ -89,7 +88,7 @@ class TranslationConfig:
                 raise UserError(f"{flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length-penalty must be finite, got {self.length_penalty}")
-        check_choices(self, {"lr_decay": LR_DECAYS})
+        check_choices(self)
         bleu_tokenizer(self.target_lang, self.bleu_tokenize)
         if self.width % (2 * self.num_heads):
             raise UserError(f"--width must be a multiple of 2 * --num-heads = {2 * self.num_heads}, got {self.width}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class VisionBenchmark(BenchmarkOptions):
     network: str = option("resnet44", "of the rows bare, device and fused, on 32 x 32 pixels")
     photo_network: str = option("torchvision/mobilenet_v3_small", "of the row repeated, on photographs")
     photo_size: int = option(160, "height and width that the network sees of them")
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
+    rows: list[str] = option(list(ROWS), "what is measured", choices=ROWS)
     ba_m: int = option(8, "M of the row fused")
     batch_size: int = option(64, "B of the rows on 32 x 32 pixels")
     photo_batch_size: int = option(16, "B of the rows on photographs")
@@ -50,7 +50,7 @@ class VisionBenchmark(BenchmarkOptions):
     pairs: int = option(5, "timed pairs, A B A B")
 
     def __post_init__(self) -> None:
-        self.check(ROWS, batch_size=1, photo_batch_size=4, photo_size=8, num_workers=0)
+        self.check(batch_size=1, photo_batch_size=4, photo_size=8, num_workers=0)
 
     def training(self, **changes: Any) -> VisionOptions:
         """The run whose updates are timed, on drawn images: it never validates or saves."""

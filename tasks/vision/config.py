@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -16,6 +16,7 @@ from tasks.vision.presets import DATA, PRESETS
 
 AutoAugment = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
 Pipeline = Literal["auto", "device", "workers"]
+ON_CORRUPT = ("refuse", "skip")
 
 _LEAST = {
     "batch_size": 1, "image_size": 1, "corpus_seed": 0, "train_images": 1, "valid_images": 1, "crop_padding": 0,
@@ -32,33 +33,41 @@ class VisionConfig:
     M. The batch counts images before they are repeated, and the rate does not depend on M unless --lr-power is set.
     """
 
-    preset: str = option("generated", "named values for all other options; an option that is given overrides it")
+    preset: str = option(
+        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+    )
 
-    # data
     data: str | None = option(
         None,
         "folder of a CIFAR-10 or CIFAR-100 python archive, of class folders (train/CLASS/*, test/CLASS/*) or of "
         "save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+        group="data",
     )
     corpus_seed: int = option(0, "seed of the drawn images, the test images too")
     train_images: int | None = option(None, "train on so many images, equally many of each class; all by default")
     valid_images: int = option(1_000, "images held out of training where the data has no validation split")
-    on_corrupt: str = option("refuse", "what becomes of an image that cannot be decoded: refuse, or skip and count")
+    on_corrupt: str = option(
+        "refuse", "an image that cannot be decoded ends the run, or is left out and counted", choices=ON_CORRUPT
+    )
 
-    # network
-    network: str = option("resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME")
+    network: str = option(
+        "resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME", group="network"
+    )
     ghost_batch_size: int | None = option(
         None,
         "batch norm in blocks of so many images, all of one copy; 0: a copy's whole batch is one; by default it stays "
         "as it is, over all rows of a pass",
     )
 
-    # the transform T
-    image_size: int | None = option(None, "height and width that the network sees; by default those of the data")
+    image_size: int | None = option(
+        None,
+        "height and width that the network sees; by default those of the data",
+        group="the transform T of the images",
+    )
     crop_padding: int = option(4, "pad with so many black pixels and crop at random; 0 does not")
     random_resized_crop: bool = option(False, "crop an area of 8 to 100 per cent, and resize it")
     flip: bool = option(True, "mirror every other image, left to right")
-    auto_augment: str = option("none", f"a policy of torchvision's: {', '.join(get_args(AutoAugment))}")
+    auto_augment: str = option("none", "a policy of torchvision's", choices=get_args(AutoAugment))
     cutout: bool = option(True, "Cutout: a black square at random")
     cutout_size: int = option(16, "side of Cutout's square, in pixels")
     mixup_alpha: float = option(0.0, "mixup with proportions from Beta(a, a), drawn for each copy; 0 does not")
@@ -66,19 +75,15 @@ class VisionConfig:
         "auto",
         "where T runs: device, on whole batches of a data set that lies there as one tensor (crop with padding, flip "
         "and Cutout alone); workers, image by image; auto takes device where it can",
+        choices=get_args(Pipeline),
     )
 
-    # optimisation
-    batch_size: int = option(64, "B, unique images of a rank's batch, before repetition")
+    batch_size: int = option(64, "B, unique images of a rank's batch, before repetition", group="optimisation")
     epochs: float | None = option(None, "end after so many epochs of unique images, where --max-updates are not done")
     learning_rate: float = option(0.1, "peak of the learning rate; it does not depend on M")
     lr_power: float = option(0.0, "multiply the rate by M to this power")
-    lr_drops: list[float] = field(
-        default_factory=lambda: [12.0, 17.0], metadata={"help": "epochs after which the rate drops"}
-    )
-    lr_factors: list[float] = field(
-        default_factory=lambda: [0.1], metadata={"help": "by what it is multiplied there: one for all, or one for each"}
-    )
+    lr_drops: list[float] = option([12.0, 17.0], "epochs after which the rate drops")
+    lr_factors: list[float] = option([0.1], "by what it is multiplied there: one for all, or one for each")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up")
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(1e-4, "L2 penalty of SGD")
@@ -98,12 +103,7 @@ class VisionConfig:
             raise UserError(f"--label-smoothing is a probability, from 0 to below 1, got {self.label_smoothing}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs must be above 0 and finite, got {self.epochs}")
-        choices = {
-            "auto_augment": get_args(AutoAugment),
-            "pipeline": get_args(Pipeline),
-            "on_corrupt": ("refuse", "skip"),
-        }
-        check_choices(self, choices)
+        check_choices(self)
         if any(b <= a for a, b in zip([0.0, *self.lr_drops], self.lr_drops, strict=False)):
             raise UserError(f"--lr-drops must rise and be above 0, got {' '.join(map(str, self.lr_drops))}")
         if len(self.lr_factors) not in (1, len(self.lr_drops)) or not all(0 < x <= 1 for x in self.lr_factors):

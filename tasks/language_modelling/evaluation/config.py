@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions, parse_with_machine
@@ -19,28 +19,28 @@ _LEAST = {"max_length": 1, "stride": 1, "batch_size": 1, "mc_dropout": 0, "resam
 class PerplexityConfig:
     """All options of `scripts/eval_ppl.py`."""
 
-    model: list[str] = field(
-        default_factory=list,
-        metadata={"help": "model folders or hub ids, any causal model with its tokenizer; the first is the baseline"},
+    model: list[str] = option(
+        [], "model folders or hub ids, any causal model with its tokenizer; the first is the baseline"
     )
 
-    # text
     data: str | None = option(
         None,
         "a text file (plain, .gz, .xz or .bz2); or a folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens, a "
         "folder of save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+        group="text",
     )
-    split: str | None = option(None, "train, valid or test (by default) of a --data that is no file")
+    split: str | None = option(None, "of a --data that is no file; by default test", choices=SPLITS)
     line_end: str = option(
         AUTO,
         'the token of a line end: newline, the tokenizer\'s own of "\\n"; eos, its end-of-sequence token; auto, newline'
         " where the tokenizer gives it back when it decodes, else eos",
+        choices=LINE_ENDS,
     )
 
-    # windows
     max_length: int | None = option(
         None,
         "tokens that a model reads at once; by default all its positions, or 4 096 where it carries a state over them",
+        group="windows",
     )
     stride: int | None = option(
         None,
@@ -52,8 +52,7 @@ class PerplexityConfig:
         0, "N: the mean of N dropout masks' probabilities (N times the work), drawn anew in each window; 0 for none"
     )
 
-    # results
-    output_dir: str | None = option(None, "new folder for results.json")
+    output_dir: str | None = option(None, "new folder for results.json", group="results")
     resamples: int = option(1_000, "of the paired bootstrap between several models")
     seed: int = option(12_345, "of the bootstrap and of the masks of --mc-dropout")
 
@@ -62,7 +61,7 @@ class PerplexityConfig:
         check_models(self.model)
         if self.data is None:
             raise UserError("no text to score: give --data, a file or a folder of splits")
-        check_choices(self, {"split": SPLITS, "line_end": LINE_ENDS})
+        check_choices(self)
         if self.stride is not None and self.max_length is not None and self.stride > self.max_length:
             raise UserError(
                 f"--stride {self.stride} is more than --max-length {self.max_length}: the tokens between two windows "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ class TranslationBenchmark(BenchmarkOptions):
         f"{_FALLBACK}",
     )
     data_dir: str | None = option(None, "folder of the preset's text; by default $SEQBA_DATA")
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}; all of them"})
+    rows: list[str] = option(list(ROWS), "what is measured", choices=ROWS)
     pairs: int = option(7, "timed pairs, A B A B; half of them for decoding, none for waiting and memory")
     sentences: int = option(1_000, "sentences that the decoding row translates")
     model: str | None = option(None, "model folder of the decoding row; by default one is trained here for a while")
 
     def __post_init__(self) -> None:
-        self.check(ROWS, sentences=1)
+        self.check(sentences=1)
 
     def __str__(self) -> str:
         return f"{super().__str__()}\nupdates of: {self.training().as_json()}"
