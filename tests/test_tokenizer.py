@@ -77,7 +77,7 @@ def test_both_sides_share_one_vocabulary_and_end_in_eos(tokenizer):
     assert tokenizer(TEXT.source[0])["input_ids"][:-1] == tokenizer.spm_source.encode(TEXT.source[0])
 
 
-@pytest.mark.parametrize(
+LINES = pytest.mark.parametrize(
     "line",
     [
         "Katze sieht heute Baum .",
@@ -85,21 +85,34 @@ def test_both_sides_share_one_vocabulary_and_end_in_eos(tokenizer):
         "unseen Ωmega 漢字 🙂 👩‍👩‍👧 é e\u0301 ﬁ ½ … ™ ²",
         "  tabs\tand   spaces\u00a0here \u3000 ",
         ">> no code, <0x41> no byte < unk >",
+        "全角，標點！「引號」… ⟨a⟩ \u200b e\u0301",
         "",
     ],
 )
-def test_decoding_returns_the_normalised_line_and_nothing_is_unknown(tokenizer, line):
+
+
+@LINES
+def test_decoding_returns_the_line_and_nothing_is_unknown(tokenizer, line):
     ids = tokenizer(line)["input_ids"]
     assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == normal(line)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(word for word in line.split(" ") if word)
+
+
+@LINES
+def test_or_the_normalised_line_where_that_is_asked_for(line, tmp_path):
+    tokenizer = load_tokenizer(train_tokenizer(TEXT, SIZE, tmp_path, normalization="nmt_nfkc"))
+    ids = tokenizer(line)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == normal(line.replace("\u200b", ""))
 
 
 def test_text_decides_the_cache_and_equal_text_is_not_trained_again(tmp_path, monkeypatch):
     first = train_tokenizer(TEXT, SIZE, tmp_path)
     larger = train_tokenizer(TEXT, SIZE + 1, tmp_path)
     other = train_tokenizer(ParallelText(TEXT.source, TEXT.target[::-1]), SIZE, tmp_path)
-    assert len({first, larger, other}) == 3
-    assert sorted(tmp_path.glob("[!.]*")) == sorted([first, larger, other])  # nothing unfinished beside them
+    folded = train_tokenizer(TEXT, SIZE, tmp_path, normalization="nmt_nfkc")
+    assert len({first, larger, other, folded}) == 4
+    assert sorted(tmp_path.glob("[!.]*")) == sorted([first, larger, other, folded])  # nothing unfinished beside them
 
     def refuse(**_):
         raise AssertionError("trained again")

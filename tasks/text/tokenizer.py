@@ -36,28 +36,34 @@ TRAINING_OPTIONS: dict[str, Any] = {
     # bytes, 256 pieces, and take no piece each; no text whatsoever is unknown, and decoding returns it.
     "character_coverage": 0.9999,
     "byte_fallback": True,
-    "normalization_rule_name": "nmt_nfkc",
     "max_sentence_length": 1 << 20,  # bytes; SentencePiece silently skips longer lines, from 4192 by default
     "num_threads": 4,  # stored in the model, without effect on the pieces: fixed, so that equal text is equal bytes
     "minloglevel": 2,  # errors only; they are raised
 }
+# What a text becomes before it is cut into pieces. "identity" loses nothing that a reference may hold; the others fold
+# compatibility characters ("…" to "...", full-width to plain, "ﬁ" to "fi"), which no translation can then contain.
+NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 MAX_TRAINING_LINES = 4_000_000  # of both sides; of a larger text evenly spaced pairs are used
 _LAYOUT = 1  # of the folder; raise it and cached folders are made anew
 
 
-def train_tokenizer(text: ParallelText, vocab_size: int, cache_dir: str | Path) -> Path:
+def train_tokenizer(
+    text: ParallelText, vocab_size: int, cache_dir: str | Path, *, normalization: str = "identity"
+) -> Path:
     """Train the joint tokenizer of a parallel text, or find it in the cache, and return its folder.
 
     `AutoTokenizer.from_pretrained(folder)` loads it as a `MarianTokenizer` with `<pad>` 0, `</s>` 1, `<unk>` 2,
     and 256 byte pieces. The folder is keyed by the text's content and the size, and appears in one rename:
     whole, or not at all. The same text gives the same bytes (no random sampling, a fixed thread count). `vocab_size`
     counts the special and byte pieces too; above `MAX_TRAINING_LINES` lines, evenly spaced pairs are used.
+    `normalization` is one of `NORMALIZATIONS`, and applies to whatever the tokenizer encodes.
 
     Raises:
         DataError: the text is blank, or `vocab_size` is more than it allows or less than its characters need.
     """
-    folder = Path(cache_dir) / f"tokenizer-{_cache_key(text, vocab_size)}"
-    fill_cache(folder, lambda unfinished: _write_tokenizer(_train_sentencepiece(text, vocab_size), unfinished))
+    options = {**TRAINING_OPTIONS, "normalization_rule_name": normalization}
+    folder = Path(cache_dir) / f"tokenizer-{_cache_key(text, vocab_size, options)}"
+    fill_cache(folder, lambda unfinished: _write_tokenizer(_train_sentencepiece(text, vocab_size, options), unfinished))
     return folder
 
 
@@ -88,12 +94,12 @@ def tokenizer_fingerprint(tokenizer: MarianTokenizer) -> str:
     return digest.hexdigest()
 
 
-def _cache_key(text: ParallelText, vocab_size: int) -> str:
-    decides = [_LAYOUT, vocab_size, MAX_TRAINING_LINES, TRAINING_OPTIONS, fingerprint(text)]
+def _cache_key(text: ParallelText, vocab_size: int, options: dict[str, Any]) -> str:
+    decides = [_LAYOUT, vocab_size, MAX_TRAINING_LINES, options, fingerprint(text)]
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _train_sentencepiece(text: ParallelText, vocab_size: int) -> bytes:
+def _train_sentencepiece(text: ParallelText, vocab_size: int, options: dict[str, Any]) -> bytes:
     if not any(line.strip() for line in _training_lines(text)):
         raise DataError("the text is blank: there is nothing to train a tokenizer on")
     model = io.BytesIO()
@@ -102,7 +108,7 @@ def _train_sentencepiece(text: ParallelText, vocab_size: int) -> bytes:
             sentence_iterator=_training_lines(text),
             model_writer=model,
             vocab_size=max(vocab_size, UNK_ID + 2),  # below, SentencePiece's message has no number to pass on
-            **TRAINING_OPTIONS,
+            **options,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise _explained(str(error), vocab_size) from error

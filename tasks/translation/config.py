@@ -10,6 +10,7 @@ from tasks.cli.options import OptionParser, check_choices, check_least, flag, op
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 from tasks.scoring.bleu import bleu_tokenizer
 from tasks.text.hub import describe
+from tasks.text.tokenizer import NORMALIZATIONS
 from tasks.translation.presets import PRESETS, TEXTS, is_text_of_preset, text_of_preset
 
 _LEAST = {
@@ -45,6 +46,12 @@ class TranslationConfig:
     target_lang: str = option("de", "ending of the target files")
     corpus_seed: int = option(0, "seed of the generated corpus, its test sentences too")
     vocab_size: int = option(1_000, "pieces of the joint SentencePiece BPE vocabulary")
+    normalization: str = option(
+        "identity",
+        "SentencePiece's rule for the text before it is cut into pieces; all but identity fold characters together (… "
+        "to ..., full-width to plain), which no translation can then contain",
+        choices=NORMALIZATIONS,
+    )
     max_length: int = option(250, "longest sentence in pieces, eos included; longer pairs are dropped and counted")
     max_length_ratio: float | None = option(
         None, "drop training pairs whose longer side has over this many times the pieces of the shorter (9 if short)"

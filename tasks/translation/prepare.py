@@ -87,6 +87,7 @@ def prepare(
     vocab_size: int,
     max_length: int,
     cache_dir: str,
+    normalization: str = "identity",
     max_length_ratio: float | None = None,
     num_proc: int = 1,
 ) -> Corpus:
@@ -103,7 +104,7 @@ def prepare(
             if shared := _shared_sources(texts.train, text):
                 logger.info(f"{name} text: {shared:,} of {len(text):,} source sentences are in the training text too")
         with writing(cache_dir, remedy="make room, or give another --cache-dir"):
-            tokenizer = load_tokenizer(train_tokenizer(texts.train, vocab_size, cache_dir))
+            tokenizer = load_tokenizer(train_tokenizer(texts.train, vocab_size, cache_dir, normalization=normalization))
 
             def encoded(
                 name: str, text: ParallelText, max_ratio: float | None = None

@@ -157,6 +157,7 @@ def load_corpus(config: TranslationConfig, accelerator: Accelerator) -> Corpus:
         vocab_size=config.vocab_size,
         max_length=config.max_length,
         max_length_ratio=config.max_length_ratio,
+        normalization=config.normalization,
         cache_dir=config.cache_dir,
         num_proc=config.num_proc,
     )

@@ -93,7 +93,9 @@ def preprocessing(config: TranslationBenchmark) -> list[Row]:
     """Encoding the training text, with its checks and its file, against encoding it and nothing else."""
     options = config.training().config
     text = read_corpus(options).train
-    tokenizer = load_tokenizer(train_tokenizer(text, options.vocab_size, options.cache_dir))
+    tokenizer = load_tokenizer(
+        train_tokenizer(text, options.vocab_size, options.cache_dir, normalization=options.normalization)
+    )
 
     def own() -> None:
         with tempfile.TemporaryDirectory() as folder:
