@@ -95,7 +95,7 @@ LINES = pytest.mark.parametrize(
 def test_decoding_returns_the_line_and_nothing_is_unknown(tokenizer, line):
     ids = tokenizer(line)["input_ids"]
     assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(word for word in line.split(" ") if word)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(word for word in line.split(" ") if word).strip()
 
 
 @LINES
