@@ -3,17 +3,15 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 
 import datasets
 import pytest
 import sacrebleu
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file, save_file
 from test_audit_models import TINY, bert
 from transformers import (
@@ -30,86 +28,20 @@ from transformers import (
 
 from bad_input import call, contents
 from distributed import run_ranks
+from finetuning_runs import TRAINING, call_with, data, finetune, models, split
 from tasks.cli.errors import DataError
 from tasks.decoding.search import Decoding, translate
 from tasks.finetuning import generated
-from tasks.finetuning.callbacks import StopAtSignal
 from tasks.finetuning.config import FinetuningConfig, parse_finetuning
-from tasks.finetuning.data import encode, load_splits
+from tasks.finetuning.data import load_splits
+from tasks.finetuning.encoding import encode
 from tasks.finetuning.generated import generate_data
 from tasks.finetuning.metric import token_nats_per_row
-from tasks.run.guards import INTERRUPTED
 from tasks.text.data_sets import load_data_set
 from tasks.text.generated.corpus import generate_corpus
 from tasks.text.tokenizer import train_tokenizer
-from tiny_models import bart, gpt2, llama, marian, mixtral, t5
+from tiny_models import gpt2, mixtral
 from word_tokenizer import copying_model, sentences, word_tokenizer
-
-_BATCHES = "--max_steps 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 5 --learning_rate 0.01"
-TRAINING = f"{_BATCHES} --logging_steps 1 --save_steps 2 --use_cpu true --disable_tqdm true".split()
-MODELS = {"marian": marian, "bart": bart, "t5": t5, "gpt2": gpt2, "llama": llama, "bert": bert}
-
-
-@pytest.fixture
-def finetune(monkeypatch, capsys, tmp_path):
-    """Run the script in this process into `tmp_path/NAME`: its verdict."""
-
-    def run(*argv, out="run"):
-        return call("finetune.py", [*argv, *TRAINING, "--output_dir", tmp_path / out], monkeypatch, capsys)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder with model and tokenizer, by family."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    for name, make in MODELS.items():
-        make().save_pretrained(root / name)
-        word_tokenizer().save_pretrained(root / name)
-    return root
-
-
-def split(count, seed):
-    source, target = sentences(count, longest=7, seed=seed), sentences(count, longest=7, seed=seed + 100)
-    return {"source": source, "target": target}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Data sets in the layouts that people have, by name."""
-    root = tmp_path_factory.mktemp("data")
-    splits = {"train": split(20, 0), "validation": split(6, 1), "test": split(7, 2)}
-
-    def save(name, made, **more):
-        DatasetDict({key: Dataset.from_dict(made(x), **more) for key, x in splits.items()}).save_to_disk(root / name)
-
-    save("pairs", lambda x: x)
-    save("renamed", lambda x: {"article": x["source"], "summary": x["target"], "id": list(range(len(x["source"])))})
-    save(
-        "wmt",
-        lambda x: {"translation": [dict(zip(("en", "de"), p, strict=True)) for p in zip(*x.values(), strict=True)]},
-        features=Features({"translation": Translation(languages=["en", "de"])}),
-    )
-    save("texts", lambda x: {"text": x["source"]})
-    labels = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
-    save("classes", lambda x: {"sentence": x["source"], "label": [n % 3 for n in range(len(x["source"]))]},
-         features=labels)  # fmt: skip
-    save(
-        "named",
-        lambda x: {
-            "a": x["source"],
-            "b": x["target"],
-            "kind": ["z" if n % 2 else "k" for n in range(len(x["source"]))],
-        },
-    )
-    Dataset.from_dict({"text": splits["train"]["source"]}).save_to_disk(root / "alone")
-    (root / "files").mkdir()
-    for key, x in splits.items():
-        Dataset.from_dict({"text": x["source"]}).to_parquet(root / "files" / f"{key}-00000-of-00001.parquet")
-    return root
-
 
 CASES = [
     ("marian", "pairs", ""),
@@ -296,7 +228,7 @@ def test_ids_are_the_tokenizers_and_what_is_cut_or_left_out_is_counted():
     encoded, counts = encode(rows, "seq2seq", word_tokenizer(), max_length=4, source_prefix="w10 ")
     assert encoded["input_ids"] == [[10, 3, 4, 1], [10, 5, 6, 1]]
     assert encoded["labels"] == [[4, 1], [4, 1]]
-    assert counts == {"cut": 1, "blank": 2}
+    assert counts == {"cut": 1, "blank": 2, "marked": 0}
 
 
 def test_a_causal_text_ends_where_it_ended():
@@ -344,19 +276,6 @@ def test_the_generated_classes_cannot_be_told_by_the_last_character():
 # ---- the run
 
 
-def test_a_resumed_run_is_the_undisturbed_one(models, data, finetune, tmp_path):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts", "--ba_m", 2, "--reproducible_copies", "true"]
-    finetune(*common, out="whole")
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
-    assert "already holds a run (checkpoint-2)" in finetune(*common, out="parts").error
-    resumed = finetune(*common, "--resume_from_checkpoint", "last", out="parts")
-    assert resumed.status == 0, resumed.error
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    before = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
-    assert not all(torch.equal(whole[key], before[key]) for key in whole)
-
-
 def test_the_defaults_of_transformers_stay_for_a_model_that_is_named(tmp_path):
     _, _, args = parse_finetuning(["--model", "m", "--dataset", "d", "--use_cpu", "true"])
     assert (args.learning_rate, args.num_train_epochs, args.max_steps) == (5e-5, 3, -1)
@@ -371,77 +290,6 @@ def test_help_shows_the_defaults_of_what_is_named(options, default, capsys):
     assert f"The initial learning rate for the optimizer. (default: {default})" in shown
 
 
-def test_the_newest_checkpoint_that_is_whole_is_gone_on_from(models, data, finetune, tmp_path):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
-    finetune(*common)
-    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it was saved
-    verdict = finetune(*common, "--resume_from_checkpoint", "last")
-    assert "3 is no whole checkpoint of a Trainer (it has no trainer_state.json): passed over" in verdict.stdout
-    assert verdict.status == 0, verdict.error
-    weights = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    verdict = finetune(*common, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-3")
-    assert "checkpoint-3 is damaged (model.safetensors:" in verdict.error
-
-
-def test_ctrl_c_saves_and_the_same_command_with_last_continues_to_the_same_weights(
-    models, data, finetune, tmp_path, monkeypatch
-):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts", "--resume_from_checkpoint", "last"]
-    verdict = finetune(*common)  # nothing to go on from: it starts
-    assert verdict.status == 0, verdict.error
-    want = load_file(tmp_path / "run" / "model.safetensors")
-    shutil.rmtree(tmp_path / "run")
-    whole = StopAtSignal.on_step_end
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        whole(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StopAtSignal, "on_step_end", interrupted)
-        verdict = finetune(*common)
-    assert verdict.status == INTERRUPTED
-    assert "stopped after update 2" in verdict.stdout
-    assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    verdict = finetune(*common)
-    assert verdict.status == 0, verdict.error
-    got = load_file(tmp_path / "run" / "model.safetensors")
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_model_files_follow_the_umask(umask, models, data, finetune, tmp_path):
-    before = os.umask(umask)
-    try:
-        verdict = finetune("--model", models / "gpt2", "--dataset", data / "texts")
-    finally:
-        os.umask(before)
-    assert verdict.status == 0, verdict.error
-    files = list((tmp_path / "run").rglob("*.safetensors"))
-    assert len(files) >= 2  # the model, and a checkpoint's
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
-
-
-def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(models, data, finetune, tmp_path):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
-    finetune(*common)
-    (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").unlink()
-    verdict = finetune(*common, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-3")
-    assert "checkpoint-3 has no optimizer.pt" in verdict.error
-
-
-def test_a_run_without_an_update_is_an_error(models, finetune, tmp_path):
-    texts = {"text": ["a dog sees a cat"] * 3}
-    DatasetDict({"train": Dataset.from_dict(texts), "test": Dataset.from_dict(texts)}).save_to_disk(tmp_path / "few")
-    named = ("--model", models / "gpt2", "--dataset", tmp_path / "few", "--valid_share", "0.34")
-    verdict = finetune(*named, "--dataloader_drop_last", "true")
-    assert verdict.status == 1
-    assert "no update was done: 2 training samples do not fill a batch" in verdict.error, verdict
-
-
 def test_a_folder_named_like_a_format_is_that_folder_and_a_format_alone_is_refused(data, monkeypatch):
     (data / "json").mkdir(exist_ok=True)
     (data / "json" / "train.jsonl").write_text('{"text": "a dog"}\n')
@@ -449,75 +297,6 @@ def test_a_folder_named_like_a_format_is_that_folder_and_a_format_alone_is_refus
     assert load_data_set("json")["train"]["text"] == ["a dog"]
     with pytest.raises(DataError, match="parquet is no folder here, and names a file format"):
         load_data_set("parquet")
-
-
-def test_settings_that_cannot_be_saved_are_refused_before_training(models, data, finetune, tmp_path):
-    shutil.copytree(models / "gpt2", tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"top_p": 0.5, "do_sample": false}')
-    verdict = finetune("--model", tmp_path / "model", "--dataset", data / "texts")
-    assert "its generation_config.json is not valid" in verdict.error
-
-
-def test_a_run_is_not_gone_on_with_by_other_options(models, data, finetune):
-    common = ["--dataset", data / "texts", "--resume_from_checkpoint", "last"]
-    finetune("--model", models / "gpt2", *common[:2], "--ba_m", 2)
-    verdict = finetune("--model", models / "gpt2", *common, "--ba_m", 3)
-    assert "holds a run with other options (--ba_m 2 there and 3 here)" in verdict.error
-    assert "gpt2 there and" in finetune("--model", models / "llama", *common, "--ba_m", 2).error
-    assert finetune("--model", models / "gpt2", *common, "--ba_m", 2, "--copies_per_pass", 1).status == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--seed 2", "--seed 42 there and 2 here"),
-        ("--learning_rate 0.5", "--learning_rate 0.01 there and 0.5 here"),
-        ("--per_device_train_batch_size 2", "--per_device_train_batch_size 4 there and 2 here"),
-        ("--lr_scheduler_type cosine", "--lr_scheduler_type linear there and cosine here"),
-    ],
-)
-def test_nor_by_other_options_of_transformers(options, said, models, data, finetune, tmp_path):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
-    finetune(*common)
-    resume = ["--resume_from_checkpoint", "last"]
-    verdict = call_with(finetune, [*common, *resume], options.split(), tmp_path / "run")
-    assert f"holds a run with other options ({said})" in verdict.error
-    assert call_with(finetune, [*common, *resume], ["--logging_steps", "2"], tmp_path / "run").status == 0
-
-
-def test_a_checkpoint_of_another_folder_is_held_to_the_options_of_its_run(models, data, finetune, tmp_path):
-    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
-    finetune(*common, out="old")
-    old = ["--resume_from_checkpoint", tmp_path / "old" / "checkpoint-2"]
-    assert "--ba_m 1 there and 3 here" in finetune(*common, *old, "--ba_m", 3, out="new").error
-    assert finetune(*common, *old, out="new").status == 0
-    kept = [json.loads((tmp_path / name / "options.json").read_text()) for name in ("old", "new")]
-    assert kept[0] == kept[1]
-    assert "new already holds a run (checkpoint-3): go on with it by" in finetune(*common, *old, out="new").error
-    (tmp_path / "old" / "options.json").unlink()  # of a plain Trainer
-    verdict = finetune(*common, *old, out="newer")
-    assert "old has no options.json: whether that run had the same options cannot be told" in verdict.stdout
-    assert verdict.status == 0
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_its_result(clip, models, data, finetune, tmp_path):
-    options = ["--learning_rate", "1e38", "--max_grad_norm", clip, "--warmup_steps", 0]
-    folder = tmp_path / "wild"
-    common = ["--model", models / "gpt2", "--dataset", data / "texts"]
-    verdict = call_with(finetune, [*common], options, folder)
-    assert re.search("(loss of the last 1 updates is (nan|inf)|weights are not finite)", verdict.error)
-    assert not (folder / "model.safetensors").exists()
-
-
-def call_with(finetune, argv, options, folder):
-    """The script with options that come after those of all tests."""
-    before = TRAINING.copy()
-    TRAINING.extend(map(str, options))
-    try:
-        return finetune(*argv, out=folder)
-    finally:
-        TRAINING[:] = before
 
 
 def test_epochs_that_are_asked_for_are_not_overruled(tmp_path):
@@ -778,7 +557,9 @@ def test_identical_copies_are_refused_with_the_table(models, data, finetune, tmp
     common = ["--model", tmp_path / "still", "--dataset", data / "texts", "--ba_m", 2]
     verdict = finetune(*common)
     assert "inactive (p=0)" in verdict.error
-    assert verdict.error.split("\n")[-1].startswith("error: identical copies are refused; give a model whose config")
+    assert verdict.error.split("\n")[-1].startswith(
+        "error: identical copies are refused; give --dropout above 0, --lora_r with"
+    )
     assert finetune(*common, "--allow_identical_copies", "true").status == 0  # nothing is in the way
 
 

@@ -133,7 +133,13 @@ class BatchAugmentationMixin(_TrainerBase):
         return result
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """The batches of an update, as the Trainer's, with their samples and targets counted."""
+        """The batches of an update, as the Trainer's, with their samples and targets counted.
+
+        None where a checkpoint is resumed that has done all updates: the Trainer would do one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._ba_check_passes()
         if batches:

@@ -6,6 +6,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from accelerate import Accelerator
+
 import seqba
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "torchvision", "timm", "sacrebleu", "sentencepiece")
@@ -22,6 +24,15 @@ def software() -> dict[str, str]:
             continue
     commit = _git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
     return found | ({"commit": commit} if commit else {})
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, str]:
+    """Precision, processes and software, for a model's card."""
+    return {
+        "mixed precision": f"{accelerator.mixed_precision}, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}",
+        "software": ", ".join(f"{name} {found}" for name, found in software().items()),
+    }
 
 
 def _git(*command: str) -> str:

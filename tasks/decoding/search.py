@@ -19,7 +19,7 @@ from tasks.cli.log import progress_bar
 from tasks.decoding.beam_cache import CACHE, BeamCache
 from tasks.decoding.mc_dropout import averaged_over_masks
 from tasks.decoding.skip_finished import skip_finished
-from tasks.text.encoding import LineEncoder
+from tasks.text.encoding import LineEncoder, special_as_text
 
 POWER, GNMT_RERANK = "power", "gnmt-rerank"
 LENGTH_PENALTIES = (POWER, GNMT_RERANK)
@@ -182,8 +182,7 @@ def encode_sources(
     if _is_joint_marian(tokenizer):
         rows = _encode_lines(tokenizer, sources)
         return [row if limit is None or len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows]
-    cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    return tokenizer(list(sources), **cut).input_ids
+    return _encode_texts(tokenizer, sources, **({} if limit is None else {"truncation": True, "max_length": limit}))
 
 
 def count_truncated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> int:
@@ -191,7 +190,7 @@ def count_truncated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     limit = max_source_length(model, tokenizer)
     if limit is None:
         return 0
-    rows = _encode_lines(tokenizer, sources) if _is_joint_marian(tokenizer) else tokenizer(list(sources)).input_ids
+    rows = _encode_lines(tokenizer, sources) if _is_joint_marian(tokenizer) else _encode_texts(tokenizer, sources)
     return sum(len(row) > limit for row in rows)
 
 
@@ -219,6 +218,10 @@ def _is_joint_marian(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _encode_lines(tokenizer: MarianTokenizer, sources: Sequence[str]) -> list[list[int]]:
     """The tokenizer's own ids, by SentencePiece's batch encoder."""
     return LineEncoder(tokenizer, is_target=False)(sources)
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], **options: Any) -> list[list[int]]:
+    return tokenizer(special_as_text(tokenizer, sources)[0], split_special_tokens=True, **options).input_ids
 
 
 def max_new_tokens(model: PreTrainedModel, source_length: int) -> int:

@@ -14,7 +14,8 @@ from tasks.benchmark.ratios import Ratio, Row, compare_seconds
 from tasks.benchmark.trainer import time_updates
 from tasks.cli.options import option
 from tasks.finetuning.config import SEQ2SEQ, TASKS, FinetuningConfig
-from tasks.finetuning.data import encode, load_splits
+from tasks.finetuning.data import load_splits
+from tasks.finetuning.encoding import encode
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.model import collator_for
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
-from tasks.cli.options import OptionParser, check_choices, option
+from tasks.cli.options import OptionParser, check_choices, check_least, flag, option
 from tasks.scoring.bleu import bleu_tokenizer
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
@@ -23,6 +23,21 @@ _OF_TASKS: dict[str, tuple[str, ...]] = {
                      "source_prefix", "num_beams", "length_penalty", "bleu_tokenize"), (SEQ2SEQ,)),
     "text_column": (CAUSAL, CLASSIFICATION),
     **dict.fromkeys(("text_pair_column", "label_column"), (CLASSIFICATION,)),
+}  # fmt: skip
+
+# The figures of an evaluation by task, the chosen one last, and whether more of it is better.
+METRICS: dict[str, tuple[str, ...]] = {
+    SEQ2SEQ: ("perplexity", "nats_per_token"), CAUSAL: ("perplexity", "nats_per_token"), CLASSIFICATION: ("accuracy",)
+}  # fmt: skip
+
+# Options of transformers that this script sets itself, by the only value that it can use.
+_SET_HERE: dict[str, Any] = {
+    "do_predict": False, "label_names": None, "batch_eval_metrics": False, "eval_do_concat_batches": True,
+    "prediction_loss_only": False,
+}  # fmt: skip
+_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
 
 # What TrainingArguments' own defaults are replaced with where the model is made here, and learns from nothing.
@@ -43,6 +58,15 @@ class FinetuningConfig:
         "(autocast by --bf16 true); by default a small new one",
         group="model",
     )
+    dropout: float | None = option(
+        None, "set all dropouts of the model to this probability (many have 0); by default as its config.json has them"
+    )
+    lora_r: int | None = option(
+        None,
+        "train LoRA matrices of this rank in all linear layers, and no other weights (needs peft)",
+    )
+    lora_alpha: int = option(16, "the LoRA matrices' product is scaled by this / --lora_r")
+    lora_dropout: float = option(0.1, "probability of zeroing, on the input of the LoRA matrices")
     task: str | None = option(
         None, f"by default what the model's head is for, {SEQ2SEQ} for a new model", choices=TASKS
     )
@@ -61,9 +85,17 @@ class FinetuningConfig:
     )
     target_code: str | None = option(None, "the tokenizer's code of the target language (de_DE)")
     source_prefix: str = option("", 'text put before every source, such as T5\'s "translate English to German: "')
-    text_column: str | None = option(None, f"column of the texts of {CAUSAL} and {CLASSIFICATION}")
+    text_column: str | None = option(
+        None,
+        f"column of the texts of {CAUSAL} and {CLASSIFICATION}; of {CAUSAL} also of chats, lists of messages with role "
+        "and content, of which every token is a target",
+    )
     text_pair_column: str | None = option(None, f"column of a second text beside it, of {CLASSIFICATION}")
     label_column: str = option("label", f"column of the classes of {CLASSIFICATION}")
+    parse_special_tokens: bool = option(
+        False,
+        "read the special tokens that stand in texts (</s>, <|endoftext|>) as tokens; by default they are text",
+    )
     max_length: int = option(512, "tokens of a text, or of a side; longer ones are cut, and counted")
     valid_share: float = option(0.05, "share of the training split that is held out where there is no validation split")
     cache_dir: str = option("runs/cache", "folder for the vocabulary of a new model")
@@ -75,8 +107,12 @@ class FinetuningConfig:
         check_choices(self)
         if self.max_length < 2:
             raise UserError(f"--max_length must be at least 2, got {self.max_length}")
-        if self.num_beams < 1:
-            raise UserError(f"--num_beams must be at least 1, got {self.num_beams}")
+        check_least(self, {"num_beams": 1, "lora_r": 1, "lora_alpha": 1})
+        for name in ("dropout", "lora_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UserError(f"{flag(name)} is a probability, from 0 to below 1, got {getattr(self, name)}")
+        if self.model is None and (self.dropout is not None or self.lora_r is not None):
+            raise UserError("--dropout and --lora_r need --model: a model that is made here has its own dropout")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"--length_penalty must be finite, got {self.length_penalty}")
         bleu_tokenizer(self.target_lang or self.target_code, self.bleu_tokenize)
@@ -123,18 +159,42 @@ def parse_finetuning(
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
+        use_cpu=not torch.accelerator.is_available(),  # else --bf16 is refused there
         **(_FROM_NOTHING if from_nothing else {}),
     )
     named = parser.parse_known_options(argv)
     parser.set_defaults(output_dir=default_folder(named.model, named.dataset, named.task, named.ba_m, named.seed))
     if from_nothing and named.num_train_epochs != parser.get_default("num_train_epochs"):
         parser.set_defaults(max_steps=max_steps)
-    if named.do_predict or (named.do_eval and not named.do_train):
-        raise UserError("this script always trains and then evaluates; leave --do_train, --do_eval, --do_predict out")
+    if named.do_eval and not named.do_train:
+        raise UserError("this script always trains and then evaluates; leave --do_train and --do_eval out")
+    for name, value in _SET_HERE.items():
+        if getattr(named, name, value) != value:
+            raise UserError(f"--{name} cannot be used: this script sets it by the task; leave it out")
+    check_least(named, _LEAST)
+    if named.max_steps <= 0 and not named.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs must be above 0 without --max_steps, got {named.num_train_epochs}")
+    if not 0 <= named.label_smoothing_factor < 1:
+        raise UserError(f"--label_smoothing_factor must be from 0 to below 1, got {named.label_smoothing_factor}")
+    if (named.metric_for_best_model or "").removeprefix("eval_") in ("perplexity", "nats_per_token"):
+        parser.set_defaults(greater_is_better=False)  # transformers takes every figure but a loss for one to raise
     config, ba_args, args = parser.parse_args_into_dataclasses(argv)
     if args.fp16 and args.device.type == "cpu":  # accelerate would quietly train in fp32
-        raise UserError("--fp16 needs an accelerator, and this run is on cpu; take --bf16 or neither")
+        raise UserError("--fp16 needs an accelerator, and this run is on cpu; take --bf16 true or neither")
     return config, ba_args, args
+
+
+def check_best_metric(args: TrainingArguments, task: str) -> None:
+    """Refuse a figure to choose the best checkpoint by which this task does not measure.
+
+    Raises:
+        UserError: it names those that it does.
+    """
+    known = ("loss", *METRICS[task])
+    if args.metric_for_best_model is not None and args.metric_for_best_model.removeprefix("eval_") not in known:
+        raise UserError(
+            f"--metric_for_best_model must be one of {', '.join(known)} for {task}, got {args.metric_for_best_model}"
+        )
 
 
 def default_folder(model: str | None, dataset: str | None, task: str | None, num_copies: int, seed: int) -> str:

@@ -1,20 +1,17 @@
-"""From a data set to token ids: which columns, which splits, and what was cut or left out."""
+"""From a data set to the splits and columns of a task, checked."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
+import re
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import PreTrainedTokenizerBase
 
 from tasks.cli.errors import DataError
-from tasks.finetuning.config import CLASSIFICATION, SEQ2SEQ, FinetuningConfig
+from tasks.finetuning.config import CAUSAL, CLASSIFICATION, SEQ2SEQ, FinetuningConfig
 from tasks.finetuning.generated import generate_data
-from tasks.text.data_sets import load_data_set, without_cache_files
+from tasks.text.data_sets import is_chat, load_data_set, without_cache_files
 
 logger = logging.getLogger(__name__)
 
@@ -64,80 +61,18 @@ def load_splits(
     return {split: splits[split] for split in (TRAIN, VALID, TEST) if split in splits}, classes
 
 
-def encode(
-    rows: Dataset, task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, source_prefix: str = ""
-) -> tuple[Dataset, Counter[str]]:
-    """Token ids of every row, with its labels, without padding.
-
-    The labels are the target's ids, the text's own, or the class, by the task. A causal text ends with the
-    end-of-sequence token, unless it was cut.
-
-    Returns:
-        The encoded rows, and how many were `cut`, or dropped as `blank` (nothing but space on a side) or as `short`
-        (a causal text of one token).
-    """
-    counts: Counter[str] = Counter()
-    tokenize = partial(_tokenized, tokenizer, max_length)
-
-    def encoded(batch: dict[str, list]) -> dict[str, list]:
-        filled = _without_blanks(batch, counts)
-        if not any(filled.values()):
-            return {"input_ids": [], "labels": []}
-        if task == SEQ2SEQ:
-            return _pairs(filled, tokenize, source_prefix, counts)
-        labels = filled.pop("label", [])
-        texts, was_cut = tokenize(**filled)
-        counts["cut"] += sum(was_cut)
-        if task == CLASSIFICATION:
-            return {**texts, "labels": labels}
-        ids = [_ended(row, tokenizer.eos_token_id, max_length) for row in texts["input_ids"]]
-        ids = [row for row in ids if len(row) > 1]  # nothing would follow a single token
-        counts["short"] += len(was_cut) - len(ids)
-        return {"input_ids": ids, "labels": ids}
-
-    with without_cache_files():
-        return rows.map(encoded, batched=True, remove_columns=rows.column_names, desc="tokenizing"), counts
-
-
-def _without_blanks(batch: dict[str, list], counts: Counter[str]) -> dict[str, list]:
-    """The rows with text on every side; the others are counted."""
-    rows = list(zip(*(column for name, column in batch.items() if name != "label"), strict=True))
-    keep = [n for n, texts in enumerate(rows) if all((text or "").strip() for text in texts)]
-    counts["blank"] += len(rows) - len(keep)
-    return {name: [column[n] for n in keep] for name, column in batch.items()}
-
-
-def _tokenized(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, **texts: list[str]
-) -> tuple[dict[str, list], list[bool]]:
-    """The tokenizer's ids of `text`, with its `text_pair`, or of `text_target`; and which rows were cut."""
-    options = {"return_attention_mask": False, "return_token_type_ids": "text_pair" in texts, "verbose": False}
-    encoded = tokenizer(**texts, **options)
-    was_cut = [len(ids) > max_length for ids in encoded["input_ids"]]
-    if any(was_cut):
-        encoded = tokenizer(**texts, **options, truncation=True, max_length=max_length)
-    return dict(encoded), was_cut
-
-
-def _pairs(batch: dict[str, list], tokenize: Callable[..., Any], prefix: str, counts: Counter[str]) -> dict[str, list]:
-    sources, source_cut = tokenize(text=[prefix + text for text in batch["source"]])
-    targets, target_cut = tokenize(text_target=batch["target"])
-    counts["cut"] += sum(map(any, zip(source_cut, target_cut, strict=True)))
-    return {"input_ids": sources["input_ids"], "labels": targets["input_ids"]}
-
-
-def _ended(ids: list[int], eos: int | None, max_length: int) -> list[int]:
-    return ids if eos is None or ids[-1] == eos or len(ids) >= max_length else [*ids, eos]
-
-
-# ---- columns
-
-
 def _columns(config: FinetuningConfig, task: str, rows: Dataset) -> dict[str, str]:
     """Our name of every column -> the data set's own, `translation.LANG` for a language."""
+    if len(rows.column_names) == 1 and (found := re.search(r"[;\t|]", rows.column_names[0])):
+        raise DataError(
+            f"the data set has one column, {rows.column_names[0]!r}: is it a CSV whose separator is {found[0]!r}? "
+            "Only commas part the columns of a CSV here; write it with commas, or as JSON lines or Parquet"
+        )
     if task == SEQ2SEQ:
         return _sides(config, rows)
     strings = [name for name, feature in rows.features.items() if _is_string(feature) and name != config.label_column]
+    if task == CAUSAL and not strings:
+        strings = [name for name, feature in rows.features.items() if is_chat(feature)]
     if config.text_column is None and "text" not in strings and len(strings) != 1:
         raise DataError(f"the data set has the columns {', '.join(rows.column_names)}: name the text by --text_column")
     columns = {"text": config.text_column or ("text" if "text" in strings else strings[0])}
@@ -182,8 +117,9 @@ def _select(split: str, rows: Dataset, columns: dict[str, str]) -> Dataset:
         {theirs: ours for ours, theirs in columns.items() if theirs != ours}
     )
     for ours, theirs in columns.items():
-        if ours != "label" and not _is_string(taken.features[ours]):
-            raise DataError(f"the column {theirs!r} of the {split} split holds no text but {taken.features[ours]}")
+        feature = taken.features[ours]
+        if ours != "label" and not (_is_string(feature) or (ours == "text" and is_chat(feature))):
+            raise DataError(f"the column {theirs!r} of the {split} split holds no text but {feature}")
     return taken
 
 
@@ -197,7 +133,7 @@ def _with_classes(splits: Splits, column: str, known: tuple[str, ...]) -> tuple[
     trained head's they are the head's. Numbers without names take those of the head. (`class_encode_column` would put
     10 before 2 and number each split by itself, `align_labels_with_mapping` take classes of another case for the same.)
     """
-    splits = {split: _labelled(split, rows) for split, rows in splits.items()}
+    splits = {split: _labelled(split, rows, column) for split, rows in splits.items()}
     if TEST in splits and not len(splits[TEST]):
         del splits[TEST]
     feature = splits[TRAIN].features["label"]
@@ -228,10 +164,18 @@ def _values(splits: Splits, column: str) -> list[Any]:
     return values
 
 
-def _labelled(split: str, rows: Dataset) -> Dataset:
-    """Rows with a label: test splits whose answers are secret have -1, or nothing."""
-    secret = {None, -1} if isinstance(rows.features["label"], ClassLabel) or split == TEST else {None}
-    kept = rows.filter(lambda label: label not in secret, input_columns="label")
+def _labelled(split: str, rows: Dataset, column: str) -> Dataset:
+    """Rows with a label: blank cells are none, and test splits whose answers are secret have -1, or nothing."""
+    feature = rows.features["label"]
+    if not isinstance(feature, (Value, ClassLabel)):
+        raise DataError(
+            f"the column {column!r} of the {split} split holds {feature}, and a text has one class here: a number or a "
+            "name; name another by --label_column"
+        )
+    secret = {None, -1} if isinstance(feature, ClassLabel) or split == TEST else {None}
+    kept = rows.filter(lambda label: label not in secret and str(label).strip() != "", input_columns="label")
+    if str(feature.dtype).startswith("float") and all(float(label).is_integer() for label in kept["label"]):
+        kept = kept.cast_column("label", Value("int64"))  # a blank cell of a CSV makes floats of whole numbers
     if len(kept) < len(rows):
         logger.info(f"{split} split: dropped {len(rows) - len(kept):,} of {len(rows):,} rows without a label")
     return kept

@@ -20,11 +20,13 @@ from tasks.cli.log import show_log
 from tasks.cli.machine import use_threads
 from tasks.decoding.search import Decoding, max_source_length, translate
 from tasks.finetuning.callbacks import StopAtNonFinite, StopAtSignal, check_weights
-from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json
-from tasks.finetuning.data import TEST, TRAIN, VALID, Splits, encode, load_splits
+from tasks.finetuning.config import SEQ2SEQ, FinetuningConfig, as_json, check_best_metric
+from tasks.finetuning.data import TEST, TRAIN, VALID, Splits, load_splits
+from tasks.finetuning.encoding import encode
 from tasks.finetuning.generated import generate_model
 from tasks.finetuning.metric import metrics_for
-from tasks.finetuning.model import classes_of, collator_for, load_model, task_of
+from tasks.finetuning.model import classes_of, collator_for, load_model, task_of, with_lora
+from tasks.finetuning.report import CURVE, describe_run
 from tasks.finetuning.resume import RESULTS, check_same_options, keep_options, prepare_folder
 from tasks.models.pretrained import explaining, load_config_and_tokenizer
 from tasks.run.guards import INTERRUPTED, stop_signals
@@ -33,7 +35,8 @@ from tasks.scoring.bleu import bleu_tokenizer, one_line_each, score_bleu
 logger = logging.getLogger(__name__)
 
 _HYPOTHESES = "hyp.test.txt"
-_DROPPED = {"blank": "blank ones", "short": "of one token"}
+_ADAPTER = "adapter"
+_DROPPED = {"blank": "without text", "short": "of one token"}
 
 
 def finetune(
@@ -52,11 +55,13 @@ def finetune(
     set_seed(args.seed)
 
     # ---- data and model
-    task, model, tokenizer, splits = _load(config, args.seed)
+    task, model, tokenizer, splits = _load(config, args)
     encoded = _encode(config, task, model, tokenizer, splits)
     if getattr(model, "generation_config", None) is not None:  # saved with the model at the end
         with explaining(f"--model {config.model}: its generation_config.json is not valid, and could not be saved"):
             model.generation_config.validate(strict=True)
+    if config.lora_r is not None:
+        model = with_lora(config, task, model)
 
     # ---- training
     try:
@@ -75,8 +80,8 @@ def finetune(
         raise UserError(str(error)) from error
     threads = use_threads(trainer.accelerator)
     logger.info(
-        f"{model.num_parameters():,} parameters, M = {ba_args.ba_m}, {args.world_size} process(es), {threads} threads "
-        f"on {args.device}"
+        f"{model.num_parameters(only_trainable=True):,} parameters to train, M = {ba_args.ba_m}, {args.world_size} "
+        f"process(es), {threads} threads on {args.device}"
     )
     if trainer.is_world_process_zero():
         keep_options(config, ba_args, args)
@@ -90,6 +95,8 @@ def finetune(
 
     # ---- results
     check_weights(trainer)
+    if config.lora_r is not None:
+        _merge_lora(trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
         follow_umask(*Path(args.output_dir).rglob("*.safetensors"))
@@ -99,7 +106,9 @@ def finetune(
     results["counters"] = trainer.counters.state()["args"]
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir, RESULTS), results)
-    logger.info(f"{args.output_dir}: the model, {RESULTS}{'' if sentences is None else f', {_HYPOTHESES}'}")
+        describe_run(trainer, task, config, ba_args, results)
+    files = ["the model with its card", RESULTS, CURVE, *([] if sentences is None else [_HYPOTHESES])]
+    logger.info(f"{args.output_dir}: {', '.join(files)}")
     return trainer
 
 
@@ -109,7 +118,7 @@ def _train(trainer: BatchAugmentationTrainer, checkpoint: str | None) -> None:
         with writing(str(trainer.args.output_dir), remedy=remedy):
             trainer.train(resume_from_checkpoint=checkpoint)
     except IdenticalCopiesError as error:
-        raise identical_copies(error, "a model whose config.json has a dropout above 0") from error
+        raise identical_copies(error, "--dropout above 0, --lora_r with its dropout") from error
     except (UnsupportedError, StreamError) as error:
         raise UserError(str(error)) from error
     if not trainer.state.global_step:
@@ -119,16 +128,28 @@ def _train(trainer: BatchAugmentationTrainer, checkpoint: str | None) -> None:
         )
 
 
-def _load(config: FinetuningConfig, seed: int) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:
+def _merge_lora(trainer: BatchAugmentationTrainer) -> None:
+    """Save the LoRA matrices by themselves, and put their products into the weights: the model that is scored."""
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        adapted.save_pretrained(Path(trainer.args.output_dir, _ADAPTER))
+    trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
+
+
+def _load(
+    config: FinetuningConfig, args: TrainingArguments
+) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, Splits]:
     """The task, its model and tokenizer, and the data, each checked against the others."""
     model_config, tokenizer = (None, None) if config.model is None else load_config_and_tokenizer(config.model)
     task = task_of(config, model_config)
     config.check_task(task)
+    check_best_metric(args, task)
     known = classes_of(model_config)
-    splits, classes = load_splits(config, task, seed, known_classes=known)
-    if tokenizer is None:
-        return task, *generate_model(task, config.cache_dir, seed), splits
-    return task, load_model(config, task, tokenizer, classes=classes, known_classes=known), tokenizer, splits
+    splits, classes = load_splits(config, task, args.seed, known_classes=known)
+    if tokenizer is None or model_config is None:
+        return task, *generate_model(task, config.cache_dir, args.seed), splits
+    model = load_model(config, task, model_config, tokenizer, classes=classes, known_classes=known)
+    return task, model, tokenizer, splits
 
 
 def _encode(
@@ -137,7 +158,9 @@ def _encode(
     max_length = min(config.max_length, max_source_length(model, tokenizer) or config.max_length)
     encoded = {}
     for name, rows in splits.items():
-        encoded[name], counts = encode(rows, task, tokenizer, max_length, config.source_prefix)
+        encoded[name], counts = encode(
+            rows, task, tokenizer, max_length, config.source_prefix, parse_special_tokens=config.parse_special_tokens
+        )
         logger.info(f"{name}: {len(encoded[name]):,} samples; {_describe(counts, max_length)}")
         if not len(encoded[name]):
             raise UserError(f"the {name} split has no sample with a target: all are blank or too short")
@@ -149,6 +172,8 @@ def _describe(counts: Counter[str], max_length: int) -> str:
     said = [f"dropped {' and '.join(dropped)}" if dropped else "dropped none"]
     if counts["cut"]:
         said.append(f"cut {counts['cut']:,} to {max_length:,} tokens")
+    if counts["marked"]:
+        said.append(f"{counts['marked']:,} hold special tokens, read as text (--parse_special_tokens true: as tokens)")
     return ", ".join(said)
 
 

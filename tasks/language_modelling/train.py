@@ -17,6 +17,7 @@ from seqba.groups import CopyGroup
 from seqba.loss import IGNORE_INDEX
 from seqba.step import TrainStep, UpdateResult
 from tasks.cli.machine import start_accelerator
+from tasks.cli.software import describe_machine
 from tasks.language_modelling.averaging import NonMonotonicASGD, NonMonotonicTrigger
 from tasks.language_modelling.config import MAY_DIFFER_HERE, LanguageModelConfig, LanguageModelOptions, run_folder
 from tasks.language_modelling.loss import CarriedLoss, LanguageModelLoss, count_labels
@@ -139,7 +140,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
         "parameters": f"{model.num_parameters():,}",
         "updates": f"{best:,} (the checkpoint with the lowest validation loss)",
         **describe_training(options),
-        **run.describe(),
+        **describe_machine(run.accelerator),
     }
     if asgd.averages:
         made_by["weights"] = "averaged by NT-ASGD"

@@ -82,11 +82,11 @@ def write_card(
 |---|---|
 {rows}
 
-Test:
+Scores:
 
 {results}
 
-The best checkpoint was chosen on the validation split. To load the model, from the folder that holds `{folder.name}`:
+To load the model, from the folder that holds `{folder.name}`:
 
 ```python
 {usage.strip().format(folder=folder.name)}

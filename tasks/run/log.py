@@ -25,7 +25,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str, fig
     own_axes = figures.metric != "valid_loss" and any(figures.metric in row for row in rows)
     figure = Figure(figsize=(7, 7 if own_axes else 4.2), layout="constrained", dpi=150)
     panels = figure.subplots(1 + own_axes, sharex=True, squeeze=False)[:, 0]
-    updates, losses = ([row[name] for row in rows] for name in ("update", "loss"))
+    logged = [row for row in rows if "loss" in row]  # a Trainer logs its validations by themselves
+    updates, losses = ([row[name] for row in logged] for name in ("update", "loss"))
     panels[0].plot(updates, losses, color="#8aa4c8", label=figures.training)
     for panel, name in zip(panels, ("valid_loss", figures.metric), strict=False):
         found = [(row["update"], row[name]) for row in rows if row.get(name) is not None]

@@ -271,15 +271,6 @@ class Run:
                 logger.info("best validation: %s, at update %d", found, self.progress.best_update)
         self.accelerator.end_training()
 
-    def describe(self) -> dict[str, str]:
-        """The precision and the software of the run, for its model's card."""
-        accelerator = self.accelerator
-        return {
-            "mixed precision": f"{accelerator.mixed_precision}, {accelerator.num_processes} process(es) on "
-            f"{accelerator.device.type}",
-            "software": ", ".join(f"{name} {found}" for name, found in software().items()),
-        }
-
     # ---- inside
 
     def _read_pending(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
 from tasks.cli.errors import DataError, reason_of
 
@@ -43,7 +44,10 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
             return datasets.load_dataset(name, config, split=split)
         saved: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises a dozen unrelated types, network errors among them
-        reason = reason_of(error).rstrip(".")
+        found: BaseException = error
+        while isinstance(found, DatasetGenerationError) and found.__cause__ is not None:  # that a file is at fault
+            found = found.__cause__
+        reason = reason_of(found).rstrip(".")
         raise DataError(
             f"cannot load {called}: {reason}. NAME must be a hub id that this machine can download or has in its "
             "cache, or a local folder"
@@ -54,6 +58,12 @@ def load_data_set(name: str, config: str | None = None, split: str | None = None
     if split not in splits:
         raise DataError(f"{called} has the splits {', '.join(splits)}, not {split!r}")
     return splits[split]
+
+
+def is_chat(feature: Any) -> bool:
+    """Whether a column holds chats: lists of messages, each with a role and a content."""
+    message = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    return isinstance(message, dict) and {"role", "content"} <= message.keys()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Ids of many lines at once, exactly those that the tokenizer would give line by line."""
+"""Ids of many lines at once, exactly those that the tokenizer would give line by line; text stays text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from transformers import MarianTokenizer
+from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
 from tasks.cli.errors import DataError
 
@@ -45,3 +46,31 @@ class LineEncoder:
     def _has_language_code(self, line: str) -> bool:
         end = line.find("<<")
         return end > 0 and line[: end + 2] in self.tokenizer.get_vocab()
+
+
+def special_as_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[str], int]:
+    """Texts for a call of the tokenizer with `split_special_tokens=True`, which reads none of their special tokens.
+
+    Some tokenizers (Unigram models such as T5's) have the special tokens among their pieces and read `</s>` as one even
+    then; there a space is put behind its first character.
+
+    Returns:
+        The texts, and how many of them hold a special token.
+    """
+    names = [name for name in _special_tokens(tokenizer) if any(name in text for text in texts)]
+    if not names:
+        return list(texts), 0
+    special = set(tokenizer.convert_tokens_to_ids(names)) - {tokenizer.unk_token_id}
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    read_anyway = {name for name in names if special & set(tokenizer(name, **options).input_ids)}
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    def spelt(found: re.Match[str]) -> str:
+        return f"{found[0][0]} {found[0][1:]}" if found[0] in read_anyway else found[0]
+
+    return [pattern.sub(spelt, text) for text in texts], sum(pattern.search(text) is not None for text in texts)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added.union(tokenizer.all_special_tokens)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from transformers import MarianMTModel
 
 from tasks.cli.files import write_text
+from tasks.cli.software import describe_machine
 from tasks.decoding.search import Decoding, count_truncated, translate
 from tasks.models.folder import save_model_folder
 from tasks.run.loop import Run
@@ -58,7 +59,7 @@ def write_result(
             "data": corpus.description,
             "updates": f"{updates:,} (the checkpoint with the lowest validation loss)",
             **made_by,
-            **run.describe(),
+            **describe_machine(run.accelerator),
         }
         save_model_folder(
             run.folder / "model",

@@ -20,6 +20,7 @@ from seqba.step import TrainStep, UpdateResult
 from seqba.transforms import Compose, Mixup
 from tasks.cli.errors import DataError, UserError, reason_of
 from tasks.cli.machine import start_accelerator
+from tasks.cli.software import describe_machine
 from tasks.models.audit import refuse_identical_copies
 from tasks.run.checkpoints import SameData
 from tasks.run.guards import INTERRUPTED
@@ -161,7 +162,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
                 "data": images.description,
                 "updates": f"{best:,} (the checkpoint with the highest validation accuracy)",
                 **describe_training(options),
-                **run.describe(),
+                **describe_machine(run.accelerator),
             }
             classifier = Classifier(config.network, model, images.classes, views)
             save_classifier(folder / "model", classifier, made_by=made_by, scores=[score])
