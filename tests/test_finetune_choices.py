@@ -20,7 +20,7 @@ from tasks.text.encoding import special_as_text
 from tiny_models import bart, gpt2
 from word_tokenizer import sentences, word_tokenizer
 
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> w9 {% endfor %}"
 
 
 def save(folder, **splits):
