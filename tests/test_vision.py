@@ -638,6 +638,9 @@ def test_the_run_folder_says_network_data_and_m():
 def test_a_folder_that_is_no_classifier_or_a_damaged_one_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"holds no classifier: it has no config\.json"):
         load_classifier(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "awd_lstm"}')
+    with pytest.raises(UserError, match=r"holds no classifier of train_vision\.py: its config\.json names no network"):
+        load_classifier(str(tmp_path))
     assert load_classifier(str(finished)).classes == load_classifier(str(finished / "model")).classes  # of a run folder
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((finished / "model" / name).read_bytes()[:50])

@@ -61,7 +61,8 @@ class OptionParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        raise UserError(f"{message.removeprefix('argument ')}; --help explains all options")
+        message = re.sub(r"--\w+/(?=--)", "", message.removeprefix("argument "))  # of two spellings the one with dashes
+        raise UserError(f"{message}; --help explains all options")
 
     @staticmethod
     def peek(argv: Sequence[str] | None, name: str) -> str | None:

@@ -87,6 +87,8 @@ def load_classifier(path: str) -> Classifier:
         raise UserError(f"{path} holds no classifier: it has no {_CONFIG}")
     try:
         config = json.loads((folder / _CONFIG).read_text("utf-8"))
+        if "network" not in config:
+            raise UserError(f"{path} holds no classifier of train_vision.py: its {_CONFIG} names no network")
         model = build_model(config["network"], len(config["classes"]))
         model.load_state_dict(load_file(str(folder / _WEIGHTS)))
         return Classifier(config["network"], model.eval(), config["classes"], Views(**config["views"]))
