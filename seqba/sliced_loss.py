@@ -54,7 +54,7 @@ class SlicedLoss(torch.autograd.Function):
                 ids = labels[part].unsqueeze(-1).clamp(min=0)
                 nll -= (kept * _smoothed(log_p, ids, label_smoothing)).sum()
                 if any(wants):
-                    grad = _minus_target(log_p.exp_(), ids, label_smoothing).mul_(kept).to(dtype)
+                    grad = _minus_target(log_p.exp_(), ids, label_smoothing).mul_(kept)
                     _add_gradients(grads, part, grad, low_hidden, low_weight)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -95,9 +95,10 @@ def _add_gradients(
 ) -> None:
     """Add what a slice, with this gradient of its logits, gives to those of hidden, weight and bias."""
     of_hidden, of_weight, of_bias = grads
+    if of_bias is not None:
+        of_bias += grad.sum(0)  # before it is rounded
+    grad = grad.to(low_weight.dtype)
     if of_hidden is not None:
         of_hidden[part] = grad @ low_weight
     if of_weight is not None:
         of_weight += grad.t() @ low_hidden
-    if of_bias is not None:
-        of_bias += grad.sum(0, dtype=of_bias.dtype)

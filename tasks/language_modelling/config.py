@@ -35,8 +35,8 @@ class LanguageModelConfig:
 
     data: str | None = option(
         None,
-        "folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens for the splits train, valid and test (plain, .gz or "
-        ".xz), a folder of save_to_disk, or a hub id with its configuration, NAME:CONFIG",
+        "folder with ptb.SPLIT.txt, SPLIT.txt or wiki.SPLIT.tokens for the splits train, valid and test (plain, .gz, "
+        ".xz or .bz2), a folder of save_to_disk, or a hub id with its configuration, NAME:CONFIG",
         group="data",
     )
     corpus_seed: int = option(0, "seed of the generated corpus, its test sentences too")
@@ -60,12 +60,12 @@ class LanguageModelConfig:
 
     batch_size: int = option(20, "B, the parallel streams of a rank's batch, before repetition", group="optimisation")
     bptt: int = option(70, "usual time steps of a window; lengths vary around it, and the learning rate with them")
-    learning_rate: float = option(30.0, "of a window of --bptt time steps")
+    learning_rate: float = option(30.0, "learning rate of SGD for a window of --bptt time steps")
     weight_decay: float = option(1.2e-6, "L2 penalty of SGD")
     alpha: float = option(2.0, "weight of activation regularisation (AR)")
     beta: float = option(1.0, "weight of temporal activation regularisation (TAR)")
     nonmono: int = option(
-        5, "weights are averaged once a validation is worse than the best of all but so many validations before it"
+        5, "average the weights (NT-ASGD) once a validation is worse than the best of those before the last so many"
     )
     valid_batch_size: int = option(10, "streams of a validation; the test text is always one")
 
