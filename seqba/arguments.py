@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from seqba.groups import CopyGroup
 from seqba.passes import CopiesPerPass, plan_passes
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class BatchAugmentationArguments:
     """The options of Batch Augmentation, for `HfArgumentParser` beside `TrainingArguments` or a task's own.
 
     Raises:
-        ValueError: M below 1, or copies_per_pass neither auto nor from 1 to M.
+        ValueError: M below 1, copies_per_pass neither auto nor from 1 to M, or M no multiple of ranks_per_group.
     """
 
     ba_m: int = field(
@@ -43,9 +44,18 @@ class BatchAugmentationArguments:
         default=False, metadata={"help": "train even where nothing random makes the copies of a sample differ"}
     )
 
+    ranks_per_group: int = field(
+        default=1,
+        metadata={
+            "help": "R: so many consecutive ranks share a batch, and each computes M / R of its copies; with 1 a rank "
+            "has batches of its own"
+        },
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.ba_m, bool) or not isinstance(self.ba_m, int) or self.ba_m < 1:
             raise ValueError(f"ba_m must be a whole number of at least 1, got {self.ba_m!r}")
+        CopyGroup(self.ba_m, world_size=self.ranks_per_group, ranks_per_group=self.ranks_per_group)  # R divides M
         if self.copies_per_pass == "auto":
             return
         try:

@@ -28,6 +28,9 @@ class CarriedState:
             dictionaries of tensors, with the rows along `dim` of each.
         dim: 1 for `nn.LSTM`, whose states are (layers, rows, width).
 
+    Attributes:
+        copies: of this rank, which a loaded state is cut to; None keeps all. `TrainStep` sets it.
+
     >>> state = CarriedState(lambda rows: torch.zeros(rows, 2), dim=0)
     >>> from seqba import copies_of_pass
     >>> with copies_of_pass((0, 1)):
@@ -39,6 +42,7 @@ class CarriedState:
 
     def __init__(self, initial: Callable[[int], Any], *, dim: int = 1) -> None:
         self.initial, self.dim = initial, dim
+        self.copies: tuple[int, ...] | None = None
         self._blocks: dict[tuple[int, int], Any] = {}  # (batch, copy) -> B rows; replaced, never written into
         self._loaded = False  # whether all copies of all batches have a block
 
@@ -129,7 +133,9 @@ class CarriedState:
                         f"the carried state's tensor {i} has the sizes {got} beside its rows, but the model's {want}"
                     )
         self._blocks = {
-            place: tree_unflatten([found[i] for i in sorted(found)], structure) for place, found in leaves.items()
+            place: tree_unflatten([found[i] for i in sorted(found)], structure)
+            for place, found in leaves.items()
+            if self.copies is None or place[1] in self.copies
         }
         self._loaded = bool(self._blocks)
 

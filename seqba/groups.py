@@ -41,9 +41,9 @@ class CopyGroup:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be from 0 to below world_size {self.world_size}, got {self.rank}")
-        for name, total in (("world_size", self.world_size), ("num_copies", self.num_copies)):
+        for said, total in (("the number of ranks", self.world_size), ("M, the number of copies,", self.num_copies)):
             if total % self.ranks_per_group:
-                raise ValueError(f"{name} must be a multiple of ranks_per_group {self.ranks_per_group}, got {total}")
+                raise ValueError(f"{said} must be a multiple of ranks_per_group {self.ranks_per_group}, got {total}")
 
     @classmethod
     def of(cls, accelerator: Accelerator, num_copies: int, ranks_per_group: int = 1) -> "CopyGroup":

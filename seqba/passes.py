@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from seqba.context import copies_of_pass
+from seqba.draws.generators import seeded_generators
 from seqba.draws.measure import Snapshot, measure_draws
 from seqba.draws.measured import HALF, DrawAxes, UnmeasuredError
 from seqba.draws.streams import copy_streams
@@ -112,6 +113,8 @@ class PassLoop:
         plan: K.
         group: this rank's shards.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy).
+        rank_seed: where given, and `copy_seed` is not, torch's generators are seeded for each pass by (seed, update,
+            shard, first copy): ranks of a group, which have the same batch, must not draw the same masks.
         carried: snapshots of what else a pass changes.
 
     Attributes:
@@ -127,10 +130,11 @@ class PassLoop:
         group: CopyGroup,
         *,
         copy_seed: int | None = None,
+        rank_seed: int | None = None,
         carried: Sequence[Snapshot] = (),
     ) -> None:
         self.accelerator, self.plan, self.group = accelerator, plan, group
-        self.copy_seed, self.carried = copy_seed, carried
+        self.copy_seed, self.rank_seed, self.carried = copy_seed, rank_seed, carried
         self.measures, self.compares = copy_seed is not None and group.num_copies > 1, True
         self._axes: DrawAxes | None = None
         self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
@@ -163,6 +167,8 @@ class PassLoop:
             if not (one.is_last and reduce):
                 stack.enter_context(self.accelerator.no_sync(model))
             if self.copy_seed is None:
+                if self.rank_seed is not None:
+                    stack.enter_context(seeded_generators(self.rank_seed, update, one.shard, one.copies[0]))
                 stack.enter_context(copies_of_pass(one.copies, batch=one.batch))
             else:
                 streams = {"seed": self.copy_seed, "update": update, "shard": one.shard, "batch": one.batch}

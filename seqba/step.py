@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -45,6 +46,11 @@ class UpdateResult:
     copies_per_pass: int
 
 
+def _seed_of_first_rank(accelerator: Accelerator) -> int:
+    seed = torch.tensor(torch.initial_seed() & ((1 << 62) - 1), device=accelerator.device)
+    return int(broadcast(seed))
+
+
 class TrainStep:
     """One optimizer update on the mean loss over every target of every copy, pass, batch and rank.
 
@@ -60,8 +66,9 @@ class TrainStep:
         num_copies: M.
         copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same update
             again from the state it began with (`seqba.passes.PassLoop`).
-        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies; above 1
-            it needs `copy_seed`.
+        ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies. Above 1
+            and without `copy_seed`, torch's generators are seeded for each pass from the first rank's seed and (update,
+            shard, first copy): no two ranks draw the same masks, whatever they were seeded with.
         max_norm: clip the gradient to this L2 norm; None leaves it.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy): `copy_streams`.
             None leaves dropout to torch's own generators.
@@ -92,11 +99,6 @@ class TrainStep:
     ) -> None:
         self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
         self.plan = CopyPlan(self.group.copies, copies_per_pass)
-        if ranks_per_group > 1 and copy_seed is None:
-            raise ValueError(
-                f"ranks_per_group={ranks_per_group} needs copy_seed: ranks that share a batch, and torch's seed, would "
-                "draw the same masks for their copies"
-            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
         if accelerator.gradient_accumulation_steps != 1:
@@ -108,8 +110,16 @@ class TrainStep:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn, take_copies
         self.max_norm, self.copy_seed = max_norm, copy_seed
-        snapshots = [state.snapshot for state in carried]
-        self._loop = PassLoop(accelerator, self.plan, self.group, copy_seed=copy_seed, carried=snapshots)
+        for state in carried:
+            state.copies = self.group.copies
+        self._loop = PassLoop(
+            accelerator,
+            self.plan,
+            self.group,
+            copy_seed=copy_seed,
+            rank_seed=_seed_of_first_rank(accelerator) if ranks_per_group > 1 else None,
+            carried=[state.snapshot for state in carried],
+        )
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
         """Do update number `update` on this rank's batches of B samples each (several: accumulation).

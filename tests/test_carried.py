@@ -213,14 +213,6 @@ class OneOfTwo(Accelerator):
         return nullcontext()
 
 
-@pytest.mark.trap(13)
-def test_ranks_that_share_a_batch_need_streams_of_their_own():
-    model = Recurrent()
-    options = {"loss_fn": lambda *_: None, "count_fn": lambda _: 1, "num_copies": 4, "ranks_per_group": 2}
-    with pytest.raises(ValueError, match="ranks_per_group=2 needs copy_seed"):
-        TrainStep(OneOfTwo(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
-
-
 @pytest.mark.trap(10)
 @pytest.mark.trap(13)
 def test_a_group_of_two_ranks_draws_and_learns_what_one_rank_does_alone():

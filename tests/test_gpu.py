@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seqba import copy_streams, repeat_batch, unfold
-from seqba.trainer.state import generators_of_rank
+from seqba.draws.generators import seeded_generators
 from tiny_models import FAMILIES, batch_for, enable_checkpointing, gradients, summed_nll
 from trainers import Samples, batches_of, make, token_gradient, trainer_gradients
 
@@ -100,7 +100,7 @@ def test_the_generators_of_a_rank_reach_the_gpu_and_are_put_back():
     state = torch.cuda.get_rng_state()
     drawn = []
     for shard in (0, 1, 0):
-        with generators_of_rank(7, 1, shard):
+        with seeded_generators(7, 1, shard):
             drawn.append(torch.rand(4, device="cuda"))
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert torch.equal(drawn[0], drawn[2])

@@ -43,8 +43,8 @@ def test_shards_of_all_groups_and_batches_are_numbered_without_a_gap_and_depend_
         ((True,), "num_copies must be a whole number of at least 1, got True"),
         ((2, 0, 0), "world_size must be a whole number of at least 1, got 0"),
         ((2, 2, 2), "rank must be from 0 to below world_size 2, got 2"),
-        ((2, 0, 3, 2), "world_size must be a multiple of ranks_per_group 2, got 3"),
-        ((3, 0, 4, 2), "num_copies must be a multiple of ranks_per_group 2, got 3"),
+        ((2, 0, 3, 2), "the number of ranks must be a multiple of ranks_per_group 2, got 3"),
+        ((3, 0, 4, 2), "M, the number of copies, must be a multiple of ranks_per_group 2, got 3"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(arguments, message):

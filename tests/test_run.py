@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from distributed import run_ranks
+from seqba.groups import CopyGroup
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, UserError
 from tasks.cli.machine import MachineOptions, start_accelerator
@@ -362,7 +363,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_update_samples_and_checkpoint
 
 def test_an_accelerator_that_runs_ahead_names_the_update_that_failed_and_not_the_next(tmp_path, monkeypatch):
     """There a result is read one update later, so that nothing waits for the device."""
-    ahead = Run(Accelerator(cpu=True), tmp_path / "run", RunOptions(), {}, num_copies=1, figures=training.FIGURES)
+    ahead = Run(Accelerator(cpu=True), tmp_path / "run", RunOptions(), {}, group=CopyGroup(1), figures=training.FIGURES)
     model = torch.nn.Linear(2, 3)
     ahead.attach(model, torch.optim.SGD(model.parameters()))
     monkeypatch.setattr(type(ahead.accelerator), "device", torch.device("meta"))

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from distributed import run_ranks
-from seqba import CarriedState, TrainStep
+from seqba import CarriedState, CopyGroup, TrainStep
 from tasks.run import loop
 from tasks.run.checkpoints import Saver
 from tasks.run.log import read_metrics
@@ -51,7 +51,7 @@ def run(folder, *, figures=IMAGES, kill_at=None, save_every=3, **changes):
         accelerator, model, optimizer, loss_fn=loss_fn, count_fn=lambda rows: len(rows["x"]), num_copies=2,
         carried=[carried],
     )  # fmt: skip
-    its = Run(accelerator, folder, options, {"seed": 0}, num_copies=2, figures=figures)
+    its = Run(accelerator, folder, options, {"seed": 0}, group=CopyGroup(2), figures=figures)
     its.attach(model, optimizer, carried={"hidden": carried}, step=step)
     averages = {}
     for update in its.updates():
@@ -116,7 +116,7 @@ def test_the_loss_scaler_goes_on_where_it_was(tmp_path):
         accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)  # of fp16, which accelerate has on GPUs alone
         model = nn.Linear(2, 3)
         parts = {"optimizer": torch.optim.SGD(model.parameters()), "parts": {}, "carried": {}}
-        return accelerator.scaler, Saver(accelerator, tmp_path, 2, model=model, **parts)
+        return accelerator.scaler, Saver(accelerator, tmp_path, 2, model=model, group=CopyGroup(1), **parts)
 
     before, of_before = saver(init_scale=512.0, growth_interval=7)
     before.scale(torch.ones(()))
@@ -132,7 +132,7 @@ def test_the_loss_scaler_goes_on_where_it_was(tmp_path):
 def test_the_rate_that_is_shown_is_of_what_was_done_since_the_start(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    its = Run(Accelerator(cpu=True), tmp_path, RunOptions(max_updates=9), {}, num_copies=2, figures=IMAGES)
+    its = Run(Accelerator(cpu=True), tmp_path, RunOptions(max_updates=9), {}, group=CopyGroup(2), figures=IMAGES)
     model = nn.Linear(2, 3)
     its.attach(model, torch.optim.SGD(model.parameters()))
     its.progress.update, its.progress.targets = 7, 5_000  # as a resume leaves it
@@ -180,7 +180,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from distributed import report
-from seqba import CarriedState, copies_of_pass
+from seqba import CarriedState, CopyGroup, copies_of_pass
 from tasks.run.checkpoints import Saver
 
 accelerator = Accelerator(cpu=True)
@@ -190,7 +190,8 @@ def saver(carried):
     model = torch.nn.Linear(2, 3)
     optimizer = torch.optim.SGD(model.parameters())
     parts = {"parts": {}, "carried": {"hidden": carried}}
-    return Saver(accelerator, Path(sys.argv[1]), 2, model=model, optimizer=optimizer, **parts)
+    return Saver(accelerator, Path(sys.argv[1]), 2, model=model, optimizer=optimizer,
+                 group=CopyGroup(accelerator.num_processes, rank, accelerator.num_processes), **parts)
 
 state = CarriedState(lambda rows: torch.zeros(rows), dim=0)
 with copies_of_pass((rank,)):

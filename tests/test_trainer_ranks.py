@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from distributed import run_ranks
-from seqba.draws.generators import rng_state, set_rng_state
-from seqba.trainer.state import generators_of_rank
+from seqba.draws.generators import rng_state, seeded_generators, set_rng_state
 from tiny_models import EVERY_FAMILY
 from trainers import PLANS, QUICK_PLANS, Pad, Samples, collator_of, summary, token_gradient
 
@@ -145,7 +144,7 @@ def test_a_shard_draws_its_own_numbers_from_every_generator_and_the_runs_own_go_
     keys = list(itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2)))  # their sums and products coincide
     for key in keys:
         set_rng_state(start)
-        with generators_of_rank(*key):
+        with seeded_generators(*key):
             found.append(drawn())
         assert drawn() == want
     for numbers in zip(*found, strict=True):

@@ -85,6 +85,22 @@ def keyed_generators(*key: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@contextmanager
+def seeded_generators(*key: int) -> Iterator[None]:
+    """As `keyed_generators`, with those of all devices: for a pass of a network that draws without streams.
+
+    Ranks that begin with one seed, or whose generators are made equal at every epoch, draw what their keys say.
+    """
+    before, seed = rng_state(), mix(*key)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed >> 32)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
 def mix(*numbers: int) -> int:
     """Hash integers to 64 well-spread bits (SplitMix64's finaliser, Steele et al. 2014, after each number).
 

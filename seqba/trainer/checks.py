@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
+from seqba.arguments import BatchAugmentationArguments
 from seqba.audit import audit_masks, check_copies_differ
 from seqba.audit.state import undisturbed
 from seqba.draws.generators import rng_state, set_rng_state
@@ -25,12 +26,24 @@ logger = logging.getLogger(__name__)
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer, arguments: BatchAugmentationArguments) -> None:
     """Refuse a trainer whose setting the laws are not known to hold in.
 
     Raises:
-        UnsupportedError: several GPUs in one process, DeepSpeed, FSDP, Megatron-LM, or a batch spread over ranks.
+        UnsupportedError: several GPUs in one process, DeepSpeed, FSDP, Megatron-LM, or a batch spread over ranks; ranks
+            that share a batch where every rank divides by its own targets, or one rank cuts batches for all.
     """
+    if arguments.ranks_per_group > 1:
+        if not trainer.args.average_tokens_across_devices:
+            raise UnsupportedError(
+                f"ranks_per_group={arguments.ranks_per_group} needs one denominator for all ranks; set "
+                "average_tokens_across_devices=True"
+            )
+        if trainer.args.accelerator_config.dispatch_batches or trainer.args.accelerator_config.split_batches:
+            raise UnsupportedError(
+                f"ranks_per_group={arguments.ranks_per_group} needs whole batches on every rank; leave "
+                "dispatch_batches and split_batches out of accelerator_config"
+            )
     if trainer.args.n_gpu > 1:
         raise UnsupportedError(
             f"one process sees {trainer.args.n_gpu} GPUs and would spread the rows of a batch over them by "

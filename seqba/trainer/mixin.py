@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -35,7 +36,7 @@ from seqba.trainer.checks import (
 )
 from seqba.trainer.counters import BatchAugmentationCounters
 from seqba.trainer.loss import Divisor, LossForm, Rows, part_of_update
-from seqba.trainer.state import OrderOfEpoch, generators_of_rank, replaced, snapshot, wrap_again
+from seqba.trainer.state import OrderOfEpoch, batches_by_group, replaced, snapshot, wrap_again
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ class BatchAugmentationMixin(_TrainerBase):
         reproducible_copies: copy m of an update draws from its own stream of (seed, update, batch, m), so that
             the masks are the same under every plan (`seqba.copy_streams`).
         allow_identical_copies: train even where nothing random makes the copies of a sample differ.
-        ba_args: all four in one object, instead of them.
+        ranks_per_group: R, by default 1; so many consecutive ranks meet the same batches, and each computes M / R of
+            their copies (Hoffer et al. 2020, section 4.5).
+        ba_args: all five in one object, instead of them.
         transform: T on the images of training batches, on the device: a `seqba.transforms.BatchTransform`, which
             `EachImage` makes of a transform of torchvision's. Each copy of an image has its own draws, a function of
             (seed, update, shard, sample, copy): neither plans nor a resume change them. None by default.
@@ -103,6 +106,7 @@ class BatchAugmentationMixin(_TrainerBase):
         copies_per_pass: CopiesPerPass | None = None,
         reproducible_copies: bool | None = None,
         allow_identical_copies: bool | None = None,
+        ranks_per_group: int | None = None,
         ba_args: BatchAugmentationArguments | None = None,
         transform: Callable[..., Tensor] | None = None,
         **kwargs: Any,
@@ -113,9 +117,10 @@ class BatchAugmentationMixin(_TrainerBase):
             copies_per_pass=copies_per_pass,
             reproducible_copies=reproducible_copies,
             allow_identical_copies=allow_identical_copies,
+            ranks_per_group=ranks_per_group,
         )
         super().__init__(*args, **kwargs)
-        refuse_unsupported(self)
+        refuse_unsupported(self, arguments)
         self._ba_setup(arguments, transform)
 
     @property
@@ -169,17 +174,16 @@ class BatchAugmentationMixin(_TrainerBase):
             with self._ba_weighted_loss(batch, len(one.copies)), self.compute_loss_context_manager():
                 return self.compute_loss(model, rows, num_items_in_batch=self._ba_num_items(num_items_in_batch))
 
-        with self._ba_generators(run.loop.group.shard(batch, of)):
-            options = {"update": update, "first": batch, "of": of, "try_first": items.try_first}
-            try:
-                loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
-            except UnrepeatableError as error:  # before anything was done
-                if not run.asked.is_auto:
-                    raise
-                logger.warning("%s: from here on one copy stands in a pass", error)
-                run.asked = run.loop.plan = CopyPlan(run.asked.copies, 1)
-                run.loop.measures = False
-                loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
+        options = {"update": update, "first": batch, "of": of, "try_first": items.try_first}
+        try:
+            loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
+        except UnrepeatableError as error:  # before anything was done
+            if not run.asked.is_auto:
+                raise
+            logger.warning("%s: from here on one copy stands in a pass", error)
+            run.asked = run.loop.plan = CopyPlan(run.asked.copies, 1)
+            run.loop.measures = False
+            loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
         if items.done == of:
             self._ba_finish(items)
         return loss
@@ -190,6 +194,12 @@ class BatchAugmentationMixin(_TrainerBase):
             seconds = logs.get("train_runtime") if self.ba_args.ba_m > 1 else None
             logs.update(self.counters.logs(seconds))
         super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; ranks of a group read the same batches."""
+        with batches_by_group(self._ba_run.loop.group):
+            loader: DataLoader = super().get_train_dataloader()
+        return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; orders grouped by length are made independent of what dropout draws."""
@@ -207,10 +217,13 @@ class BatchAugmentationMixin(_TrainerBase):
         self.add_callback(self._ba_counters)
 
     def _ba_new_run(self) -> _Run:
-        group = CopyGroup.of(self.accelerator, self.ba_args.ba_m)
+        group = CopyGroup.of(self.accelerator, self.ba_args.ba_m, self.ba_args.ranks_per_group)
         seed = self.args.seed if self.ba_args.reproducible_copies else None
         plan = CopyPlan(group.copies, self.ba_args.copies_per_pass)
-        loop = PassLoop(self.accelerator, plan, group, copy_seed=seed, carried=[lambda: snapshot(self)])
+        # ranks start from one seed: without streams, their copies would meet the same masks
+        rank_seed = self.args.seed if self.accelerator.num_processes > 1 and self.ba_args.ba_m > 1 else None
+        carried = [lambda: snapshot(self)]
+        loop = PassLoop(self.accelerator, plan, group, copy_seed=seed, rank_seed=rank_seed, carried=carried)
         return _Run(loop, plan, self._train_batch_size)
 
     def _ba_count(self, batches: Sequence[Mapping[str, Any]]) -> UpdateItems:
@@ -326,12 +339,6 @@ class BatchAugmentationMixin(_TrainerBase):
         targets = self._ba_run.items.all[self._ba_target]
         return self.ba_args.ba_m * targets.clamp(min=1)
 
-    def _ba_generators(self, shard: int) -> AbstractContextManager[None]:
-        """Ranks start from one seed: without streams, their copies would meet the same masks."""
-        if self.accelerator.num_processes == 1 or self.ba_args.ba_m == 1 or self.ba_args.reproducible_copies:
-            return nullcontext()
-        return generators_of_rank(self.args.seed, self.state.global_step + 1, shard)
-
     @contextmanager
     def _ba_weighted_loss(self, batch: int, num_copies: int) -> Iterator[None]:
         """Inside, `compute_loss` gives a pass's part of the update's mean, and the Trainer divides it no further.
@@ -346,7 +353,8 @@ class BatchAugmentationMixin(_TrainerBase):
         here = num_copies * items.batches[batch][self._ba_target]
         everywhere = self.ba_args.ba_m * items.all[self._ba_target]
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        compute_loss, as_plain, share = self.compute_loss, self._ba_as_plain, num_copies / self.ba_args.ba_m
+        compute_loss, as_plain = self.compute_loss, self._ba_as_plain
+        share = num_copies / len(self._ba_run.loop.plan.copies)  # of this rank's; ranks average
 
         def part(loss: Tensor) -> Tensor:
             if form is not None and form.divisor is Divisor.UPDATE:
@@ -391,6 +399,7 @@ def augment(
     copies_per_pass: CopiesPerPass | None = None,
     reproducible_copies: bool | None = None,
     allow_identical_copies: bool | None = None,
+    ranks_per_group: int | None = None,
     ba_args: BatchAugmentationArguments | None = None,
     transform: Callable[..., Tensor] | None = None,
 ) -> Trainer:
@@ -398,7 +407,7 @@ def augment(
 
     Args:
         trainer: not yet training.
-        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ba_args, transform: as of
+        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ranks_per_group, ba_args, transform: as of
             `BatchAugmentationMixin`.
 
     Returns:
@@ -416,8 +425,9 @@ def augment(
         copies_per_pass=copies_per_pass,
         reproducible_copies=reproducible_copies,
         allow_identical_copies=allow_identical_copies,
+        ranks_per_group=ranks_per_group,
     )
-    refuse_unsupported(trainer)
+    refuse_unsupported(trainer, arguments)
     plain = type(trainer)
     trainer.__class__ = type(f"BatchAugmentation{plain.__name__}", (BatchAugmentationMixin, plain), {})
     trainer._ba_setup(arguments, transform)

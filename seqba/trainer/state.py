@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
+import accelerate
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from seqba.draws.generators import rng_state, set_rng_state
+from seqba.groups import CopyGroup
 
 
 @contextmanager
@@ -55,18 +55,15 @@ def snapshot(trainer: object) -> Callable[[], None]:
 
 
 @contextmanager
-def generators_of_rank(seed: int, update: int, shard: int) -> Iterator[None]:
-    """Seed all generators from (seed, update, shard) for the time of the block; the run's own go on after it as before.
+def batches_by_group(group: CopyGroup) -> Iterator[None]:
+    """Inside, a loader that an accelerator prepares is cut for groups of ranks, as if each group were one rank."""
+    prepare = accelerate.accelerator.prepare_data_loader
 
-    Trainers of all ranks begin with one seed, and data loaders make the ranks' generators equal again at every epoch.
-    """
-    before = rng_state()
-    numbers = [int(number) & (2**64 - 1) for number in (seed, update, shard)]
-    set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-    try:
+    def by_group(*args: Any, **kwargs: Any) -> Any:
+        return prepare(*args, **{**kwargs, "num_processes": group.num_groups, "process_index": group.index})
+
+    with replaced(accelerate.accelerator, "prepare_data_loader", by_group):
         yield
-    finally:
-        set_rng_state(before)
 
 
 class OrderOfEpoch(Sampler):

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from seqba.carried import CarriedState
-from seqba.groups import CopyGroup
 from seqba.loss import IGNORE_INDEX
 from seqba.step import TrainStep, UpdateResult
 from tasks.cli.machine import start_accelerator
@@ -68,12 +67,13 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
     accelerator = start_accelerator(
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
+    group = options.group(accelerator)
     run = Run(
         accelerator,
         folder,
         options.run,
         options.as_json(),
-        num_copies=copies.ba_m,
+        group=group,
         figures=FIGURES,
         may_differ=MAY_DIFFER_HERE,
     )
@@ -100,6 +100,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
         count_fn=count_labels,
         num_copies=copies.ba_m,
         copies_per_pass=copies.copies_per_pass,
+        ranks_per_group=group.ranks_per_group,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
         carried=[carried],
@@ -169,7 +170,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
 def make_stream(options: LanguageModelOptions, accelerator: Accelerator, corpus: Corpus) -> BatchStream:
     """This rank's windows of the training text; a text too short for its streams is a `DataError`."""
     config, run = options.config, options.run
-    group = CopyGroup.of(accelerator, options.copies.ba_m)
+    group = options.group(accelerator)
     streams = Streams(corpus.train, config.batch_size, group.num_groups * run.accumulation)
     sampler = WindowSampler(
         streams.length,
@@ -180,7 +181,13 @@ def make_stream(options: LanguageModelOptions, accelerator: Accelerator, corpus:
         batches_per_update=run.accumulation,
     )
     return BatchStream(
-        streams, sampler, streams.collate, device=accelerator.device, seed=run.seed, num_workers=run.num_workers
+        streams,
+        sampler,
+        streams.collate,
+        device=accelerator.device,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        channel=options.channel(accelerator),
     )
 
 

@@ -1,5 +1,6 @@
 """Saving a run and continuing it: what a checkpoint holds beside the weights, and which one is taken."""
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from torch import nn
 
 from seqba.checkpoint import checkpoint_fault, find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
 from seqba.draws.generators import rng_state, set_rng_state
+from seqba.groups import CopyGroup
 from tasks.cli.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -60,15 +64,18 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         parts: Mapping[str, Stateful],
         carried: Mapping[str, Stateful],
+        group: CopyGroup,
     ) -> None:
+        self.group = group
         self.accelerator, self.folder, self.keep = accelerator, folder, keep
         self.model, self.optimizer, self.parts, self.carried = model, optimizer, dict(parts), carried
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
 
     @property
-    def _rank(self) -> str:
-        return f"rank{self.accelerator.process_index}"
+    def _group(self) -> str:
+        """The ranks of a group carry other copies of the same batches."""
+        return f"group{self.group.index}"
 
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is, if there is one."""
@@ -106,20 +113,25 @@ class Saver:
 
     def _restore(self, path: Path) -> None:
         checkpoint = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
-        now = self.accelerator.num_processes
-        if len(checkpoint.rng) != now:
-            raise ValueError(
-                f"it was saved by {len(checkpoint.rng)} processes and is resumed by {now}; resume with as many"
-            )
+        before, now = len(checkpoint.rng), self.accelerator.num_processes
         for name, part in self.parts.items():
             if name not in checkpoint.counters:
                 raise ValueError(f"it holds no state of {name!r}; resume with the version and options it was saved by")
             part.load_state_dict(checkpoint.counters[name])
         for name, state in self.carried.items():
-            mine, device = f"{self._rank}/{name}/", self.accelerator.device
+            mine, device = f"{self._group}/{name}/", self.accelerator.device
             tensors = {key: x.to(device) for key, x in checkpoint.tensors.items() if key.startswith(mine)}
             state.load_state_dict({key.removeprefix(mine): x for key, x in tensors.items()})
-        set_rng_state(checkpoint.rng[self.accelerator.process_index])
+        if before == now:
+            set_rng_state(checkpoint.rng[self.accelerator.process_index])
+            return
+        logger.info(
+            "note: saved by %d processes and resumed by %d: the data order goes on, but the result is not bitwise "
+            "that of an undisturbed run: gradients are added up in another order, and copies draw other masks where "
+            "they have no streams of their own (--reproducible-copies)",
+            before,
+            now,
+        )
 
     def save(self, update: int, *, pinned: Collection[int]) -> None:
         """Write an update's checkpoint; all ranks call it, one writes. Those of `pinned` updates stay, however old.
@@ -130,7 +142,7 @@ class Saver:
         is_main = self.accelerator.is_main_process
         rng = gather_object([rng_state()])
         own = {
-            f"{self._rank}/{name}/{key}": x.detach().cpu().clone()
+            f"{self._group}/{name}/{key}": x.detach().cpu().clone()
             for name, state in self.carried.items()
             for key, x in state.state_dict().items()
         }

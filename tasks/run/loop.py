@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
+from seqba.groups import CopyGroup
 from seqba.step import UpdateResult
 from tasks.cli.errors import RunError, writing
 from tasks.cli.files import write_json
@@ -40,7 +41,7 @@ class Run:
     Args:
         folder: made where it does not exist.
         config: all options, JSON values; a resumed run must have the same, `may_differ` aside.
-        num_copies: M, for the count of instances seen.
+        group: this rank's part in the M copies.
         figures: what the task measures.
 
     Raises:
@@ -56,12 +57,12 @@ class Run:
         options: RunOptions,
         config: Mapping[str, Any],
         *,
-        num_copies: int,
+        group: CopyGroup,
         figures: Figures,
         may_differ: Collection[str] = (),
     ) -> None:
         self.accelerator, self.folder, self.options = accelerator, folder, options
-        self.num_copies, self.figures = num_copies, figures
+        self.group, self.figures = group, figures
         self.progress = Progress()
         self.interrupted = False
         self._pending: UpdateResult | None = None  # of the newest update; reading its tensors waits for the device
@@ -113,7 +114,14 @@ class Run:
         parts = {"progress": self.progress, **parts}
         folder, keep = self._files.checkpoints, self.options.keep_checkpoints
         self._saver = Saver(
-            self.accelerator, folder, keep, model=model, optimizer=optimizer, parts=parts, carried=carried or {}
+            self.accelerator,
+            folder,
+            keep,
+            model=model,
+            optimizer=optimizer,
+            parts=parts,
+            carried=carried or {},
+            group=self.group,
         )
         if self.options.resume:
             self._resume()
@@ -257,8 +265,9 @@ class Run:
                 "best_update": self.progress.best_update,
                 self.figures.metric: self.progress.best_value,
                 **self.progress.counts(self.figures),
-                "num_copies": self.num_copies,
+                "num_copies": self.group.num_copies,
                 "num_processes": self.accelerator.num_processes,
+                "ranks_per_group": self.group.ranks_per_group,
                 "num_threads": torch.get_num_threads(),
                 "seconds": self.progress.seconds,
             }
@@ -282,7 +291,9 @@ class Run:
         if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
             raise self._non_finite(f"update {self.progress.update}: loss {loss}, gradient norm {norm}, not finite")
         samples, targets = int(result.num_samples), int(result.num_targets)
-        self.progress.count(loss, norm, samples, targets, num_copies=self.num_copies, max_norm=self.options.max_norm)
+        self.progress.count(
+            loss, norm, samples, targets, num_copies=self.group.num_copies, max_norm=self.options.max_norm
+        )
         self._show(loss)
 
     def _non_finite(self, what: str) -> NonFiniteError:

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from accelerate import Accelerator
+
 from seqba.arguments import BatchAugmentationArguments
+from seqba.groups import CopyGroup
 from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions
-from tasks.cli.options import OptionParser, check_least, option
+from tasks.cli.options import OptionParser, check_choices, check_least, option
+from tasks.run.group_channel import GroupChannel
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,11 @@ class RunOptions:
 
     max_updates: int = option(800, "updates (optimizer steps)", group="run")
     accumulation: int = option(1, "batches of a rank in one update")
+    group_broadcast: str = option(
+        "auto",
+        "auto: the first rank of a group reads its batches and sends them to the others; off: each rank reads them",
+        choices=("auto", "off"),
+    )
     max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
     num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")
     output_dir: str | None = option(None, "the run folder; by default one under runs/, named by task, data, M and seed")
@@ -30,6 +39,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         at_least_1 = ("max_updates", "accumulation", "log_every", "eval_every", "save_every", "keep_checkpoints")
         check_least(self, {**dict.fromkeys(at_least_1, 1), "num_workers": 0, "seed": 0})
+        check_choices(self)
         if self.max_norm is not None and not 0 < self.max_norm < float("inf"):
             raise UserError(f"--max-norm must be above 0 and finite, got {self.max_norm}")
 
@@ -37,7 +47,7 @@ class RunOptions:
 # What a resumed run may change: nothing that reaches the weights.
 MAY_DIFFER = (
     "resume", "output_dir", "report_to", "num_workers", "num_threads", "max_updates", "keep_checkpoints",
-    "allow_identical_copies",
+    "allow_identical_copies", "ranks_per_group", "group_broadcast",
 )  # fmt: skip
 
 ConfigT = TypeVar("ConfigT")
@@ -51,6 +61,23 @@ class TrainingOptions(Generic[ConfigT]):
     copies: BatchAugmentationArguments
     run: RunOptions
     machine: MachineOptions
+
+    def group(self, accelerator: Accelerator) -> CopyGroup:
+        """This rank's part in the copies.
+
+        Raises:
+            UserError: --ranks-per-group does not divide the ranks or M.
+        """
+        try:
+            return CopyGroup.of(accelerator, self.copies.ba_m, self.copies.ranks_per_group)
+        except ValueError as error:
+            raise UserError(f"--ranks-per-group {self.copies.ranks_per_group}: {error}") from error
+
+    def channel(self, accelerator: Accelerator) -> GroupChannel | None:
+        """What a group's batches are sent through, where its first rank reads them for all."""
+        if self.copies.ranks_per_group == 1 or self.run.group_broadcast == "off":
+            return None
+        return GroupChannel(self.group(accelerator))
 
     def as_json(self) -> dict[str, Any]:
         """All options by name, for `config.json`."""

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from seqba.draws.generators import keyed_generators
 from seqba.sampler import BatchSampler
+from tasks.run.group_channel import GroupChannel
 
 SAMPLE_IDS = "sample_ids"
 
@@ -29,6 +31,7 @@ class SampleKey(NamedTuple):
 
 
 Transform = Callable[[Any, SampleKey], Any]
+_Read: TypeAlias = tuple[int, int, dict[str, Any]]  # a batch, with the epoch and the position after it
 
 
 class Numbered:
@@ -81,6 +84,9 @@ class BatchStream:
         collate: list of samples -> dictionary of tensors of B rows; what is no tensor stays as it is.
         seed: of the samples' keys; and of the workers' own random numbers, with the position.
         num_workers: loader processes; 0 collates in the training process.
+        channel: where given, the first rank of a group reads and the others receive, one batch ahead of the training in
+            a thread; `transform` must not draw then, since the training draws meanwhile.
+        received: what becomes of a batch on each rank, before it goes to the device.
         transform: (sample, its `SampleKey`) -> what `collate` gets, called in the workers. What it draws inside
             `key.generators(copy)` is the same for every number of workers and in a resumed run, other draws are not.
             The few samples that fill an epoch's last update are met twice in it, under one key.
@@ -99,8 +105,13 @@ class BatchStream:
         seed: int,
         num_workers: int = 0,
         transform: Transform | None = None,
+        channel: GroupChannel | None = None,
+        received: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged,
     ) -> None:
         self.sampler, self.device, self.seed = sampler, device, seed
+        self._channel, self._received = channel, received
+        self._reader = ThreadPoolExecutor(1, "reader") if channel is not None else None
+        self._ahead: Future[_Read] | None = None
         self.epoch, self.position = 0, 0
         self.batches_taken, self.seconds_waited = 0, 0.0
         self._generator = torch.Generator()  # its own: the loader must not draw from the one that dropout uses
@@ -114,6 +125,7 @@ class BatchStream:
             generator=self._generator,
         )
         self._batches: Iterator[Any] | None = None
+        self._next_to_read = (0, 0)
 
     def take(self, count: int) -> list[dict[str, Any]]:
         """The next `count` batches."""
@@ -124,25 +136,55 @@ class BatchStream:
         return batches
 
     def _next(self) -> dict[str, Any]:
+        if self._reader is None:
+            read = self._read()
+        else:
+            read = (self._ahead or self._reader.submit(self._read_once)).result()
+            self._ahead = self._reader.submit(self._read_once)
+        self.epoch, self.position, batch = read
+        return send_to_device(self._received(batch), self.device, non_blocking=True, skip_keys=SAMPLE_IDS)
+
+    def _read(self) -> _Read:
+        """The next batch of the loader, and the epoch and position after it."""
+        epoch, position = self._next_to_read
         if self._batches is None:
-            self.sampler.set_epoch(self.epoch, self.position)
-            self._generator.manual_seed(hash((self.seed, self.epoch, self.position)) & 0xFFFF_FFFF)
+            self.sampler.set_epoch(epoch, position)
+            self._generator.manual_seed(hash((self.seed, epoch, position)) & 0xFFFF_FFFF)
             self._batches = iter(self._loader)
         try:
             batch = next(self._batches)
         except StopIteration:
-            if self.position == 0:
+            if position == 0:
                 raise ValueError("the sampler has no batches") from None
-            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
-            return self._next()
-        self.position += 1
-        return send_to_device(batch, self.device, non_blocking=True, skip_keys=SAMPLE_IDS)
+            self._next_to_read, self._batches = (epoch + 1, 0), None
+            return self._read()
+        self._next_to_read = (epoch, position + 1)
+        return epoch, position + 1, batch
+
+    def _read_once(self) -> _Read:
+        """The same, read by the first rank of the group alone."""
+        assert self._channel is not None
+        if not self._channel.is_reader:
+            read: _Read = self._channel.share()
+            return read
+        try:
+            read = self._read()
+        except Exception as error:
+            self._channel.share(error=error)
+            raise
+        shared: _Read = self._channel.share(read)
+        return shared
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the sampler says of its data."""
-        return self.sampler.state_dict(self.position)
+        state = self.sampler.state_dict(self.position)
+        # where batches are read ahead, or by another rank, the sampler may be in another epoch
+        return {**state, "epoch": state["epoch"] + self.epoch - self.sampler.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that was taken last."""
         self.sampler.load_state_dict(state)
         self.epoch, self.position, self._batches = self.sampler.epoch, self.sampler.first_batch, None
+        if self._ahead is not None:
+            self._ahead.result()  # of all ranks of the group, and of no use
+        self._ahead, self._next_to_read = None, (self.epoch, self.position)

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import MarianMTModel
 
 from seqba import schedule
-from seqba.groups import CopyGroup
 from seqba.loss import count_targets
 from seqba.sampler import TokenBatchSampler
 from seqba.step import TrainStep, UpdateResult
@@ -59,12 +58,13 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
     accelerator = start_accelerator(
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
+    group = options.group(accelerator)
     run = Run(
         accelerator,
         folder,
         options.run,
         options.as_json(),
-        num_copies=copies.ba_m,
+        group=group,
         figures=FIGURES,
         may_differ=may_differ(config),
     )
@@ -87,6 +87,7 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
         count_fn=count_labels,
         num_copies=copies.ba_m,
         copies_per_pass=copies.copies_per_pass,
+        ranks_per_group=group.ranks_per_group,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
     )
@@ -171,7 +172,7 @@ def make_stream(options: TranslationOptions, accelerator: Accelerator, corpus: C
             f"--max-tokens {max_tokens} is too small for a pair of {longest} pieces; raise it, or drop long pairs by a "
             "lower --max-length"
         )
-    group, run = CopyGroup.of(accelerator, options.copies.ba_m), options.run
+    group, run = options.group(accelerator), options.run
     sampler = TokenBatchSampler(
         corpus.train_lengths,
         max_tokens,
@@ -181,7 +182,13 @@ def make_stream(options: TranslationOptions, accelerator: Accelerator, corpus: C
         batches_per_update=run.accumulation,
     )
     return BatchStream(
-        corpus.train, sampler, corpus.collate, device=accelerator.device, seed=run.seed, num_workers=run.num_workers
+        corpus.train,
+        sampler,
+        corpus.collate,
+        device=accelerator.device,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        channel=options.channel(accelerator),
     )
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from seqba.groups import CopyGroup
 from tasks.benchmark.options import BenchmarkOptions
 from tasks.benchmark.ratios import Row, compare, wait_for_device
 from tasks.benchmark.updates import OwnUpdates, fused_over_single
@@ -114,7 +113,7 @@ class Loading:
 
     def __init__(self, options: VisionOptions) -> None:
         accelerator, images = _prepared(options)
-        group = CopyGroup.of(accelerator, options.copies.ba_m)
+        group = options.group(accelerator)
         self.pipeline = make_pipeline(options, accelerator, images, Views.of(options.config, images), group.copies)
         self.stream: BatchStream = make_stream(options, accelerator, self.pipeline, group)
 

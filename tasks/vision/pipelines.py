@@ -107,6 +107,20 @@ class WorkerPipeline(Pipeline):
         super().__init__(images, seed, mixup, device)
         self.dataset, self.transform, self.copies, self.finish = images, transform, tuple(copies), finish
 
+    def decode(self, sample: dict[str, Any], key: SampleKey) -> tuple[SampleKey, Tensor]:
+        """An image as it is: where a group's first rank reads for all, each rank transforms its own copies."""
+        return key, sample["image"]
+
+    def collate_decoded(self, samples: Sequence[tuple[SampleKey, Tensor]]) -> Batch:
+        """Beside the labels, `decoded`, a list of B images of any sizes."""
+        return {**super().collate(samples), "decoded": [image for _, image in samples]}
+
+    def receive(self, batch: Batch) -> Batch:
+        """The views of a batch of `collate_decoded`, as `collate` has them."""
+        pairs = zip(batch.pop("decoded"), batch["keys"].tolist(), strict=True)
+        views = [self.load({"image": image}, SampleKey(*key))[1] for image, key in pairs]
+        return {**batch, "views": torch.stack(views, 1)}
+
     def load(self, sample: dict[str, Any], key: SampleKey) -> tuple[SampleKey, Tensor]:
         """The copies of an image, (M, C, H, W), each under its own draws."""
         views = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -69,6 +70,8 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         options.machine, seed=options.run.seed, report_to=options.run.report_to, folder=folder
     )
 
+    group = options.group(accelerator)
+
     # ---- data and model
     images = load_images(
         config.data,
@@ -81,7 +84,6 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     for split, held in (("validation", images.valid), ("test", images.test)):
         held.refuse_damaged(split, options.run.num_workers)
     views = Views.of(config, images)
-    group = CopyGroup.of(accelerator, copies.ba_m)
     pipeline = make_pipeline(options, accelerator, images, views, group.copies)
     stream = make_stream(options, accelerator, pipeline, group)
     epoch = len(stream.sampler) // options.run.accumulation  # updates
@@ -104,7 +106,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         folder,
         options.run,
         options.as_json(),
-        num_copies=copies.ba_m,
+        group=group,
         figures=FIGURES,
         may_differ=MAY_DIFFER_HERE,
     )
@@ -116,6 +118,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         count_fn=count_labels,
         num_copies=copies.ba_m,
         copies_per_pass=copies.copies_per_pass,
+        ranks_per_group=group.ranks_per_group,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
         take_copies=pipeline.take_copies,
@@ -208,15 +211,11 @@ def make_stream(options: VisionOptions, accelerator: Accelerator, pipeline: Pipe
         raise DataError(
             f"{len(pipeline.images):,} training images do not fill a batch of --batch-size {config.batch_size}"
         ) from None
-    return BatchStream(
-        pipeline.dataset,
-        sampler,
-        pipeline.collate,
-        device=accelerator.device,
-        seed=run.seed,
-        num_workers=run.num_workers,
-        transform=pipeline.load,
-    )
+    where: dict[str, Any] = {"device": accelerator.device, "seed": run.seed, "num_workers": run.num_workers}
+    if isinstance(pipeline, WorkerPipeline) and (channel := options.channel(accelerator)) is not None:
+        where |= {"transform": pipeline.decode, "channel": channel, "received": pipeline.receive}
+        return BatchStream(pipeline.dataset, sampler, pipeline.collate_decoded, **where)
+    return BatchStream(pipeline.dataset, sampler, pipeline.collate, **where, transform=pipeline.load)
 
 
 def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1) -> nn.Module:
@@ -295,7 +294,7 @@ def _describe(
 ) -> None:
     """Say what is trained, and what an update sees."""
     config, num_copies = options.config, options.copies.ba_m
-    unique = config.batch_size * accelerator.num_processes * options.run.accumulation
+    unique = config.batch_size * options.group(accelerator).num_groups * options.run.accumulation
     where = "on the device" if isinstance(pipeline, DevicePipeline) else f"in {options.run.num_workers} workers"
     logger.info(
         f"{config.network}, M = {num_copies}, {accelerator.num_processes} process(es), {torch.get_num_threads()} "
