@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from seqba.carried import CarriedState
@@ -65,10 +66,12 @@ class TrainStep:
             taken to have as many.
         num_copies: M.
         copies_per_pass: K from 1 to M, or "auto": start at M, and on out-of-memory halve K and do the same update
-            again from the state it began with (`seqba.passes.PassLoop`).
+            again from the state it began with (`seqba.passes.PassLoop`); of a sharded model it stays at M.
         ranks_per_group: R; so many consecutive ranks must be given the same batches, and share their copies. Above 1
             and without `copy_seed`, torch's generators are seeded for each pass from the first rank's seed and (update,
             shard, first copy): no two ranks draw the same masks, whatever they were seeded with.
+        reduce_every_pass: reduce the gradients in each pass, and not in the last alone: the same update, with sharded
+            gradients under FSDP2 and more traffic under DDP. By default where `model` is sharded by `fully_shard`.
         max_norm: clip the gradient to this L2 norm; None leaves it.
         copy_seed: where given, every copy draws from its own stream of (seed, update, shard, copy): `copy_streams`.
             None leaves dropout to torch's own generators.
@@ -92,12 +95,16 @@ class TrainStep:
         num_copies: int = 1,
         copies_per_pass: CopiesPerPass = "auto",
         ranks_per_group: int = 1,
+        reduce_every_pass: bool | None = None,
         max_norm: float | None = None,
         copy_seed: int | None = None,
         take_copies: Callable[[Any, tuple[int, ...]], Any] = take_repeated,
         carried: Sequence[CarriedState] = (),
     ) -> None:
         self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
+        is_sharded = isinstance(model, FSDPModule)
+        if is_sharded and copies_per_pass == "auto":
+            copies_per_pass = len(self.group.copies)  # a rank that ran out of memory would leave the others waiting
         self.plan = CopyPlan(self.group.copies, copies_per_pass)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}; None switches clipping off")
@@ -119,6 +126,7 @@ class TrainStep:
             copy_seed=copy_seed,
             rank_seed=_seed_of_first_rank(accelerator) if ranks_per_group > 1 else None,
             carried=[state.snapshot for state in carried],
+            reduce_every_pass=is_sharded if reduce_every_pass is None else reduce_every_pass,
         )
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
@@ -184,7 +192,8 @@ class TrainStep:
         """The gradient's L2 norm before clipping, unscaled once and for all copies (fp16)."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.max_norm is not None:
-            return self.accelerator.clip_grad_norm_(parameters, self.max_norm)
-        self.accelerator.unscale_gradients()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = self.accelerator.clip_grad_norm_(parameters, self.max_norm)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -31,7 +31,7 @@ def write_text(folder: Path) -> None:
 
 
 def run(task: str, options: str, folder: str, updates: int = 5) -> dict[str, Any]:
-    """`updates` updates (of images in float64): weights after them, gradients of the last, the samples met, the masks drawn, what was read.
+    """`updates` updates (of images in float64): weights after them, gradients of the last, samples met, masks, reads.
 
     Masks are of the first dropout layer, or for images what the network's first layer is given; one number each.
     """

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import DistributedType, LoggerType, set_seed
 
 from tasks.cli.errors import UserError, reason_of
 from tasks.cli.log import show_log
@@ -89,6 +89,7 @@ def start_accelerator(
             raise
         raise _unusable(os.environ[_DEVICE_VARIABLE], error) from error
     _refuse_lone_rank(accelerator)
+    _refuse_other_engine(accelerator)
     _check_device(accelerator, machine.cpu)
     show_log(accelerator.is_main_process)
     use_threads(accelerator, machine.num_threads)
@@ -126,6 +127,17 @@ def _refuse_lone_rank(accelerator: Accelerator) -> None:
             f"WORLD_SIZE={world} says that so many processes work together, and each finds itself alone: all would do "
             "the same and write the same files. Without a GPU give --cpu, with which ranks talk over gloo; or start "
             "one process (unset WORLD_SIZE)"
+        )
+
+
+def _refuse_other_engine(accelerator: Accelerator) -> None:
+    """Without a GPU, accelerate quietly trains by DDP what was configured for FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and (
+        accelerator.distributed_type is not DistributedType.FSDP
+    ):
+        raise UserError(
+            f"FSDP is configured (ACCELERATE_USE_FSDP), and the run would be {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}; FSDP needs GPUs here. Leave the variable and --use_fsdp out to train by DDP"
         )
 
 

@@ -25,6 +25,11 @@ class RunOptions:
         "auto: the first rank of a group reads its batches and sends them to the others; off: each rank reads them",
         choices=("auto", "off"),
     )
+    reduce_every_pass: bool = option(
+        False,
+        "reduce the gradients of ranks in each pass, and not in the last alone: the same update; always under FSDP2, whose "
+        "gradients stay sharded by it",
+    )
     max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
     num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")
     output_dir: str | None = option(None, "the run folder; by default one under runs/, named by task, data, M and seed")

@@ -119,6 +119,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         num_copies=copies.ba_m,
         copies_per_pass=copies.copies_per_pass,
         ranks_per_group=group.ranks_per_group,
+        reduce_every_pass=options.run.reduce_every_pass or None,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
         take_copies=pipeline.take_copies,
