@@ -42,7 +42,8 @@ for engine in ("fsdp2", "ddp"):
             model.register_comm_hook(None, hook)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         step = TrainStep(accelerator, model, optimizer, loss_fn=summed, count_fn=len, num_copies=4,
-                         copies_per_pass=copies, ranks_per_group=group, copy_seed=5, reduce_every_pass=every, max_norm=0.5)
+                         copies_per_pass=copies, ranks_per_group=group, copy_seed=5, max_norm=0.5,
+                         reduce_every_pass=every)
         shard = rank // group
         norms = []
         for update in (1, 2, 3):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from seqba.audit import IdenticalCopiesError
@@ -65,10 +66,22 @@ def explained() -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
+        if is_lost_rank(error):
+            sys.exit(
+                f"error: another rank ended or did not answer in time ({reason_of(error)}); its own output says why. "
+                "Checkpoints are kept: --resume goes on from the newest, and torchrun --max-restarts does so by itself"
+            )
         name = type(error).__name__
         sys.exit(
             f"error: {name}: {reason_of(error)}; add --traceback to see where, and report it if the input is right"
         )
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error is that of a collective operation whose other ranks did not come."""
+    said = ("Connection closed", "Connection reset", "Timed out", "timed out", "Timeout", "Broken pipe", "NCCL")
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return started and isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 @contextmanager

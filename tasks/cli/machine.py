@@ -6,13 +6,14 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, set_seed
 
 from tasks.cli.errors import UserError, reason_of
 from tasks.cli.log import show_log
@@ -36,12 +37,13 @@ class MachineOptions:
         None, "by default what accelerate is configured to", group="machine", choices=PRECISIONS
     )
     cpu: bool = option(False, "use the processor even where an accelerator is at hand")
+    rank_timeout: int = option(1_800, "seconds that a rank waits for the others before it ends with an error")
     num_threads: int | None = option(
         None, "threads of a process on the processor; by default all cores where one process runs alone"
     )
 
     def __post_init__(self) -> None:
-        check_least(self, {"num_threads": 1})
+        check_least(self, {"num_threads": 1, "rank_timeout": 1})
         check_choices(self)
 
 
@@ -80,6 +82,7 @@ def start_accelerator(
             log_with=report_to,
             project_dir=folder,
             cpu=machine.cpu,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=machine.rank_timeout))],
             step_scheduler_with_optimizer=False,
         )
     except (ImportError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ class GroupChannel:
 
     Args:
         group: this rank's.
+        timeout: how long a rank waits for the others.
     """
 
-    def __init__(self, group: CopyGroup) -> None:
+    def __init__(self, group: CopyGroup, timeout: timedelta) -> None:
         size = group.ranks_per_group
         handles = [
-            dist.new_group(list(range(first, first + size)), backend="gloo")
+            dist.new_group(list(range(first, first + size)), backend="gloo", timeout=timeout)
             for first in range(0, group.world_size, size)
         ]
         self._handle: Any

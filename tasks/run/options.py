@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
@@ -27,8 +28,8 @@ class RunOptions:
     )
     reduce_every_pass: bool = option(
         False,
-        "reduce the gradients of ranks in each pass, and not in the last alone: the same update; always under FSDP2, whose "
-        "gradients stay sharded by it",
+        "reduce the gradients of ranks in each pass, and not in the last alone: the same update; always under FSDP2, "
+        "whose gradients stay sharded by it",
     )
     max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
     num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")
@@ -51,8 +52,8 @@ class RunOptions:
 
 # What a resumed run may change: nothing that reaches the weights.
 MAY_DIFFER = (
-    "resume", "output_dir", "report_to", "num_workers", "num_threads", "max_updates", "keep_checkpoints",
-    "allow_identical_copies", "ranks_per_group", "group_broadcast",
+    "resume", "output_dir", "report_to", "num_workers", "num_threads", "rank_timeout", "max_updates",
+    "keep_checkpoints", "allow_identical_copies", "ranks_per_group", "group_broadcast",
 )  # fmt: skip
 
 ConfigT = TypeVar("ConfigT")
@@ -82,7 +83,7 @@ class TrainingOptions(Generic[ConfigT]):
         """What a group's batches are sent through, where its first rank reads them for all."""
         if self.copies.ranks_per_group == 1 or self.run.group_broadcast == "off":
             return None
-        return GroupChannel(self.group(accelerator))
+        return GroupChannel(self.group(accelerator), timedelta(seconds=self.machine.rank_timeout))
 
     def as_json(self) -> dict[str, Any]:
         """All options by name, for `config.json`."""

@@ -1,0 +1,1 @@
+"""How many updates a second a cluster does: a model of its costs, fed with measured runs."""
