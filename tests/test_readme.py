@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from torch.utils.data import DataLoader
 
 import seqba
@@ -43,10 +45,13 @@ def test_every_option_is_one_of_the_scripts():
         "eval_vision.py",
         "finetune.py",
         "audit_masks.py",
+        "plan_cluster.py",
     )
     tasks = ("translation", "finetuning", "language-modelling", "vision")
     scripts = [*((name,) for name in names), *(("benchmark.py", task) for task in tasks)]
-    known = set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))
+    launchers = [*get_args_parser()._actions, *launch_command_parser()._actions]
+    of_launchers = {name.replace("_", "-") for action in launchers for name in action.option_strings}
+    known = of_launchers | set(re.findall(r"--[a-z][\w-]*", " ".join(help_of(*script) for script in scripts)))
     named = {name.replace("_", "-") for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", README)}
     assert len(named) > 30
     assert not named - known

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, set_seed
 
 from tasks.cli.errors import UserError, reason_of
 from tasks.cli.log import show_log
@@ -76,13 +76,15 @@ def start_accelerator(
         UserError: the tracker is unknown or not installed, the device cannot be used, or it lacks the precision.
     """
     _check_tracker(report_to)
+    timeout = timedelta(seconds=machine.rank_timeout)
+    _begin_again(machine.cpu, timeout)
     try:
         accelerator = Accelerator(
             mixed_precision=machine.mixed_precision,
             log_with=report_to,
             project_dir=folder,
             cpu=machine.cpu,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=machine.rank_timeout))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             step_scheduler_with_optimizer=False,
         )
     except (ImportError, ValueError) as error:
@@ -106,6 +108,25 @@ def start_accelerator(
         )
     set_seed(seed, device_specific=True)
     return accelerator
+
+
+def _begin_again(cpu: bool, timeout: timedelta) -> None:
+    """Meet the other ranks under a name of its own, where torchrun has restarted them.
+
+    Its store still holds the addresses of the ranks before, which a process group would take for those of these. Agents
+    of several machines count restarts each by itself; there a new store is wanted (see the README).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or os.environ.get("GROUP_WORLD_SIZE") != "1" or torch.distributed.is_initialized():
+        return
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    torch.distributed.init_process_group(
+        "gloo" if cpu or not torch.cuda.is_available() else "nccl",
+        store=torch.distributed.PrefixStore(f"restart-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
 
 
 def bf16_is_emulated() -> bool:
@@ -134,14 +155,14 @@ def _refuse_lone_rank(accelerator: Accelerator) -> None:
 
 
 def _refuse_other_engine(accelerator: Accelerator) -> None:
-    """Without a GPU, accelerate quietly trains by DDP what was configured for FSDP."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and (
-        accelerator.distributed_type is not DistributedType.FSDP
-    ):
-        raise UserError(
-            f"FSDP is configured (ACCELERATE_USE_FSDP), and the run would be {accelerator.distributed_type.value} on "
-            f"{accelerator.device.type}; FSDP needs GPUs here. Leave the variable and --use_fsdp out to train by DDP"
-        )
+    """The scripts train by DDP; without a GPU, accelerate would quietly do so where another engine is configured."""
+    engines = {name: f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")}
+    for name, variable in engines.items():
+        if os.environ.get(variable, "").lower() == "true" or accelerator.distributed_type.value == name:
+            raise UserError(
+                f"{name} is configured ({variable}), and the scripts train by DDP: leave it out of the launcher's "
+                "configuration. A loop of your own can give TrainStep a model sharded by fully_shard"
+            )
 
 
 def _check_device(accelerator: Accelerator, cpu: bool) -> None:

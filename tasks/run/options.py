@@ -28,8 +28,7 @@ class RunOptions:
     )
     reduce_every_pass: bool = option(
         False,
-        "reduce the gradients of ranks in each pass, and not in the last alone: the same update; always under FSDP2, "
-        "whose gradients stay sharded by it",
+        "reduce the gradients of ranks in each pass, and not in the last alone: the same update, with more traffic",
     )
     max_norm: float | None = option(None, "clip the gradient to this L2 norm; not clipped by default")
     num_workers: int = option(0, "processes that load batches; 0 loads them in the training process")
