@@ -2,6 +2,7 @@
 
 import json
 
+import tasks.language_modelling  # noqa: F401  # AWD-LSTM is a model that transformers loads
 from tasks.cli.errors import explained
 from tasks.cli.options import OptionParser
 from tasks.models.audit import AuditConfig, audit_model

@@ -44,6 +44,8 @@ OPTION_CASES = [
     Case("no copies", "--ba-m 0", ("--ba-m must be a whole number of at least 1, got 0",)),
     Case("copies in words", "--ba-m two", ("--ba-m", "invalid int value: 'two'", "--help")),
     Case("pass over M", "--copies-per-pass 3", ("--copies-per-pass", "from 1 to --ba-m 2", "got 3")),
+    Case("too many threads", "--num-threads 1000000", ("--num-threads must be at most", "got 1000000")),
+    Case("too large a seed", "--seed 4294967296", ("--seed must be at most 4294901760, got 4294967296",)),
     Case("unknown option", "--bam 4", ("unknown option --bam 4", "--help")),
     Case("option without value", "--max-updates", ("--max-updates", "expected one argument")),
     Case("unknown preset", "--preset big", ("--preset must be one of generated, transformer-base", "got big")),

@@ -247,3 +247,28 @@ def test_a_position_of_other_windows_is_refused():
     state = WindowSampler(300, 20, seed=1).state_dict(2)
     with pytest.raises(ValueError, match=r"its windows were .*'bptt': 20.* and are .*'bptt': 30"):
         WindowSampler(300, 30, seed=1).load_state_dict(state)
+
+
+def test_the_folder_above_the_splits_is_not_read_for_one_text(tmp_path):
+    write(tmp_path / "ptb")
+    write(tmp_path / "other", "wiki.{}.tokens")
+    with pytest.raises(DataError, match=r"holds no split itself; give .*/other or .*/ptb"):
+        read_split(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("lines", [["", " "], ["\u200b", "\u200b\ufeff"]])
+def test_a_text_without_a_word_is_refused(lines):
+    with pytest.raises(DataError, match="the training text has no word"):
+        build_vocabulary(lines)
+
+
+def test_lines_that_end_in_carriage_returns_alone_are_refused(tmp_path):
+    folder = write(tmp_path / "mac", end="\r")
+    with pytest.raises(DataError, match=r"train\.txt: its lines end in carriage returns alone"):
+        read_split(folder, "train")
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [1, 2]})}).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(DataError, match="the column 'text' holds no text but"):
+        read_split(str(tmp_path / "numbers"), "train")

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -287,6 +288,28 @@ def test_resuming_before_anything_was_saved_starts_over(tmp_path, cache, monkeyp
             run(tmp_path / "run", cache)
     resumed = run(tmp_path / "run", cache, resume=True)
     assert rows(resumed) == rows(run(tmp_path / "straight", cache))
+
+
+@pytest.mark.parametrize("what", ["no checkpoints", "fewer updates", "no best"])
+def test_a_finished_run_is_never_replaced_by_a_worse_one(what, tmp_path, cache, monkeypatch):
+    losses = itertools.count(1.0)  # the first validation is the best
+    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    folder = run(tmp_path / "run", cache)
+    results = (folder / "results.json").read_text()
+    done = json.loads(results)["updates"]
+    changes = {"max_updates": done}
+    if what == "no checkpoints":
+        shutil.rmtree(folder / "checkpoints")
+        message = "holds results.json and model of a finished run, and no checkpoint to go on from"
+    elif what == "fewer updates":
+        changes["max_updates"] = done - 1
+        message = f"has done {done} updates, more than --max-updates {done - 1}; raise it"
+    else:
+        shutil.rmtree(folder / "checkpoints" / f"update-{json.loads(results)['best_update']:06d}")
+        message = "the best checkpoint, of update .*, is gone, and no update is left to find another"
+    with pytest.raises(RunError, match=message):
+        run(tmp_path / "run", cache, resume=True, **changes)
+    assert (folder / "results.json").read_text() == results
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, cache, monkeypatch, capsys):

@@ -480,7 +480,25 @@ def test_grey_of_32_bits_is_refused_and_of_16_bits_read():
     wide = Image.fromarray(np.array([[0, 65_535]], dtype=np.int32))
     assert to_tensor(wide)[0].tolist() == [[0, 255]]
     dark = Image.fromarray(np.full((2, 2), 200, np.int32))
-    with pytest.raises(ValueError, match="its pixels are 32-bit numbers, 200 to 200; convert it to 8 or 16 bits"):
+    with pytest.raises(
+        ValueError, match="its pixels are numbers of more than 8 bits, 200 to 200; convert it to 8 bits"
+    ):
         to_tensor(dark)
-    with pytest.raises(ValueError, match="its pixels are 32-bit numbers, 0 to 65536"):
+    with pytest.raises(ValueError, match="its pixels are numbers of more than 8 bits, 0 to 65536"):
         to_tensor(Image.fromarray(np.array([[0, 65_536]], dtype=np.int32)))
+
+
+def test_16_bit_images_of_small_numbers_would_be_black_and_are_refused(tmp_path):
+    Image.fromarray(np.arange(254, dtype=np.uint16).reshape(2, 127)).save(tmp_path / "dark.png")
+    with Image.open(tmp_path / "dark.png") as image, pytest.raises(ValueError, match="more than 8 bits, 0 to 253"):
+        to_tensor(image)
+
+
+@pytest.mark.parametrize("names", [("Train", "test"), ("training", "testing"), ("a", "val")])
+def test_folders_named_like_splits_are_no_classes(names, tmp_path):
+    for name in names:
+        (tmp_path / name / "c").mkdir(parents=True)
+        Image.fromarray(PIXELS).save(tmp_path / name / "c" / "0.png")
+        Image.fromarray(PIXELS).save(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match="would be taken for classes; call the folder of the training images train"):
+        load_images(str(tmp_path), seed=0)

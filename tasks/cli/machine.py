@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 
+_MOST_THREADS = 8  # for each core
 PRECISIONS = ("no", "bf16", "fp16")
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 _MMAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # the user's own choice
@@ -44,6 +45,11 @@ class MachineOptions:
 
     def __post_init__(self) -> None:
         check_least(self, {"num_threads": 1, "rank_timeout": 1})
+        most = _MOST_THREADS * (os.cpu_count() or 1)
+        if self.num_threads is not None and self.num_threads > most:
+            raise UserError(
+                f"--num-threads must be at most {most}, {_MOST_THREADS} for each core, got {self.num_threads}"
+            )
         check_choices(self)
 
 

@@ -12,6 +12,8 @@ from transformers import HfArgumentParser
 
 from tasks.cli.errors import UserError
 
+_MAX_SEED = 2**32 - 2**16  # numpy's is 2^32 - 1, and every rank adds its number
+
 # The groups of `--help` for dataclasses whose fields name none.
 _GROUPS = {
     "BatchAugmentationArguments": "Batch Augmentation",
@@ -124,6 +126,15 @@ def check_least(options: Any, least: Mapping[str, int]) -> None:
         value = getattr(options, name)
         if value is not None and value < limit:
             raise UserError(f"{flag(name)} must be at least {limit}, got {value}")
+        if value is not None and name.endswith("seed") and value > _MAX_SEED:
+            raise UserError(f"{flag(name)} must be at most {_MAX_SEED}, got {value}")
+
+
+def check_not_blank(options: Any, *names: str) -> None:
+    """Refuse an option that is there without a value ("$DATA" where DATA is not set) by a UserError."""
+    for name in names:
+        if getattr(options, name) is not None and not getattr(options, name).strip():
+            raise UserError(f"{flag(name)} is blank; give its value, or leave it out")
 
 
 def check_choices(options: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from seqba.arguments import BatchAugmentationArguments
 from tasks.cli.errors import UserError
-from tasks.cli.options import OptionParser, check_choices, check_least, flag, option
+from tasks.cli.options import OptionParser, check_choices, check_least, check_not_blank, flag, option
 from tasks.scoring.bleu import bleu_tokenizer
 
 SEQ2SEQ, CAUSAL, CLASSIFICATION = "seq2seq", "causal", "classification"
@@ -105,6 +105,7 @@ class FinetuningConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_not_blank(self, "model", "dataset")
         if self.max_length < 2:
             raise UserError(f"--max_length must be at least 2, got {self.max_length}")
         check_least(self, {"num_beams": 1, "lora_r": 1, "lora_alpha": 1})

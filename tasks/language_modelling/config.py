@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 
 from seqba.modules import MaskScope
 from tasks.cli.errors import UserError
-from tasks.cli.options import check_choices, check_least, flag, option
+from tasks.cli.options import check_choices, check_least, check_not_blank, flag, option
 from tasks.language_modelling.presets import DATA, PRESETS
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 
@@ -30,7 +30,7 @@ class LanguageModelConfig:
     """
 
     preset: str = option(
-        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+        "generated", "a named set of option values; an option that is given overrides it", choices=PRESETS
     )
 
     data: str | None = option(
@@ -40,7 +40,10 @@ class LanguageModelConfig:
         group="data",
     )
     corpus_seed: int = option(0, "seed of the generated corpus, its test sentences too")
-    vocab_size: int | None = option(None, "words, <eos> and <unk> included; rarer ones become <unk>; by default all")
+    vocab_size: int | None = option(
+        None,
+        "largest vocabulary, <eos> and <unk> included; rarer words become <unk>; by default all words",
+    )
 
     embedding_size: int = option(
         128, "width of the embeddings and of the last layer", group="model; the dropouts are the transform T"
@@ -50,8 +53,8 @@ class LanguageModelConfig:
     input_dropout: float = option(0.3, "probability of zeroing, on the embedded input; one mask a window")
     hidden_dropout: float = option(0.2, "probability of zeroing, between the layers; one mask a window")
     output_dropout: float = option(0.3, "probability of zeroing, on the last layer's output; one mask a window")
-    embedding_dropout: float = option(0.1, "probability of zeroing, of words of the vocabulary")
-    weight_dropout: float = option(0.3, "probability of zeroing, of recurrent weights")
+    embedding_dropout: float = option(0.1, "probability that a word of the vocabulary is zeroed")
+    weight_dropout: float = option(0.3, "probability that a recurrent weight is zeroed")
     mask_scope: str = option(
         "per_copy",
         "masks of weights and of words: per_copy, each copy its own; shared, one for all copies of a pass",
@@ -59,7 +62,9 @@ class LanguageModelConfig:
     )
 
     batch_size: int = option(20, "B, the parallel streams of a rank's batch, before repetition", group="optimisation")
-    bptt: int = option(70, "usual time steps of a window; lengths vary around it, and the learning rate with them")
+    bptt: int = option(
+        70, "usual length of a window in tokens; lengths vary at random around it, and the rate is scaled with them"
+    )
     learning_rate: float = option(30.0, "learning rate of SGD for a window of --bptt time steps")
     weight_decay: float = option(1.2e-6, "L2 penalty of SGD")
     alpha: float = option(2.0, "weight of activation regularisation (AR)")
@@ -80,6 +85,7 @@ class LanguageModelConfig:
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be above 0 and finite, got {self.learning_rate}")
         check_choices(self)
+        check_not_blank(self, "data")
 
     @property
     def text(self) -> str:

@@ -38,6 +38,9 @@ def read_split(source: str, split: str) -> list[str]:
         return read_lines(found[0])
     if any(_holds(Path(source), other) for other in SPLITS):
         raise DataError(f"{source} has no split {split!r}: looked for {', '.join(names)}")
+    below = [path for path in Path(source).glob("*/") if any(_holds(path, other) for other in SPLITS)]
+    if below:
+        raise DataError(f"{source} holds no split itself; give {' or '.join(map(str, sorted(below)))}")
     return _read_data_set(source, split)
 
 
@@ -63,6 +66,8 @@ def _read_data_set(source: str, split: str) -> list[str]:
         raise DataError(
             f"{source} has the columns {', '.join(data.column_names)}; a text needs one called {' or '.join(_COLUMNS)}"
         )
+    if getattr(data.features[columns[0]], "dtype", None) not in ("string", "large_string"):
+        raise DataError(f"{source}: the column {columns[0]!r} holds no text but {data.features[columns[0]]}")
     lines = [line for text in data[columns[0]] for line in (text or "").removesuffix("\n").split("\n")]
     if not lines:
         raise DataError(f"{source}: the split {wanted[0]!r} is empty")

@@ -250,7 +250,7 @@ def evaluate(
 def _describe(options: LanguageModelOptions, accelerator: Accelerator, corpus: Corpus, stream: BatchStream) -> None:
     """Say what is trained, and what an update sees."""
     config, accumulation, num_copies = options.config, options.run.accumulation, options.copies.ba_m
-    streams = config.batch_size * accelerator.num_processes * accumulation
+    streams = config.batch_size * options.group(accelerator).num_groups * accumulation
     updates = len(stream.sampler) // accumulation
     logger.info(
         f"M = {num_copies}, {accelerator.num_processes} process(es), {torch.get_num_threads()} threads on "

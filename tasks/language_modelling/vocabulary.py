@@ -31,11 +31,13 @@ def build_vocabulary(lines: Sequence[str], vocab_size: int | None = None) -> Pre
         vocab_size: V, <eos> and <unk> included; None for as many as there are words.
 
     Raises:
-        DataError: `vocab_size` is below 3, or a line holds <eos>.
+        DataError: `vocab_size` is below 3, a line holds <eos>, or no line has a word.
     """
     if vocab_size is not None and vocab_size < 3:
         raise DataError(f"vocab_size must be at least 3, a word beside {END} and {UNKNOWN}, got {vocab_size}")
     counts = Counter(word for line in lines for word in line.split())
+    if not any(character.isprintable() for word in counts for character in word):
+        raise DataError("the training text has no word: its lines are blank, or hold characters without a width")
     special = [END]
     if counts.pop(UNKNOWN, 0) or (vocab_size is not None and len(counts) >= vocab_size):
         special.append(UNKNOWN)

@@ -34,7 +34,7 @@ class AuditConfig:
 
     batch_size: int = option(4, "B, samples before repetition")
     length: int = option(16, "tokens a sample, of text models")
-    num_copies: int = option(4, "M; more give a sharper estimate of the variance")
+    num_copies: int = option(4, "copies to compare, M; more copies give a sharper estimate of the variance")
 
     def __post_init__(self) -> None:
         check_least(self, {"batch_size": 1, "length": 2, "num_copies": 2})  # copies are compared

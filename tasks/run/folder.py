@@ -13,6 +13,7 @@ from tasks.run.log import read_metrics
 logger = logging.getLogger(__name__)
 
 _LEFT_BY_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "results.json", "model")
+_OTHER_SCRIPT = 8  # options that this one does not have
 _ELSEWHERE = "give another --output-dir"
 
 
@@ -55,6 +56,10 @@ class RunFolder:
                 f"{self.config_file} {reason}: the run's options cannot be compared with those it was begun with; "
                 f"restore it, or {_ELSEWHERE}"
             ) from error
+        if not isinstance(before, dict):
+            raise RunError(f"{self.config_file} holds no options; restore it, or {_ELSEWHERE}")
+        if len(before.keys() - self.config.keys()) > _OTHER_SCRIPT:
+            raise RunError(f"{self.path} holds a run of another script (its options are others); {_ELSEWHERE}")
         _say_other_software(before.get("software") or {}, self.config.get("software") or {})
         differing = [
             f"{name} was {before.get(name)!r}, is {self.config.get(name)!r}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from seqba.groups import CopyGroup
 from tasks.cli.errors import UserError, reason_of
@@ -40,34 +42,55 @@ class GroupChannel:
         Raises:
             Exception: the first rank's `error`; on the other ranks a UserError that says it.
         """
-        leaves, structure = tree_flatten(batch)
-        tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        plan = [(leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        header = [(plan, is_tensor, structure, None if error is None else reason_of(error))]
-        dist.broadcast_object_list(header, self._first, group=self._handle, device=torch.device("cpu"))
-        plan, is_tensor, structure, fault = header[0]
+        tensors: list[Tensor] = []
+
+        def noted(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            tensors.append(leaf)
+            return _Place(leaf.dtype, tuple(leaf.shape))
+
+        sizes, message = torch.zeros(2, dtype=torch.long), torch.empty(0, dtype=torch.uint8)
+        if self.is_reader:
+            header = pickle.dumps((tree_map(noted, batch), None if error is None else reason_of(error)))
+            parts = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
+            parts += [x.contiguous().view(-1).view(torch.uint8) for x in tensors]
+            message = torch.cat([padded for part in parts for padded in (part, _padding(part.numel()))])
+            sizes[0], sizes[1] = len(header), message.numel()
+        dist.broadcast(sizes, self._first, group=self._handle)
+        if not self.is_reader:
+            message = torch.empty(int(sizes[1]), dtype=torch.uint8)
+        dist.broadcast(message, self._first, group=self._handle)
         if error is not None:
             raise error
-        if fault is not None:
-            raise UserError(fault)
-        sizes = [_num_bytes(*place) for place, here in zip(plan, is_tensor, strict=True) if here]
-        if self.is_reader:
-            flat = torch.cat([x.reshape(-1).view(torch.uint8) for x in tensors]) if tensors else torch.empty(0)
-        else:
-            flat = torch.empty(sum(sizes), dtype=torch.uint8)
-        if sizes:
-            dist.broadcast(flat, self._first, group=self._handle)
         if self.is_reader:
             return batch
-        parts = iter(flat.split(sizes)) if sizes else iter(())
-        found = [
-            # a copy, since a part of a buffer may not begin where its numbers must
-            next(parts).clone().view(place[0]).view(place[1]) if here else place
-            for place, here in zip(plan, is_tensor, strict=True)
-        ]
-        return tree_unflatten(found, structure)
+        length = int(sizes[0])
+        planned, fault = pickle.loads(message[:length].numpy().tobytes())
+        if fault is not None:
+            raise UserError(fault)
+        begin = length + len(_padding(length))
+
+        def taken(leaf: Any) -> Any:
+            nonlocal begin
+            if not isinstance(leaf, _Place):
+                return leaf
+            size = torch.Size(leaf.shape).numel() * leaf.dtype.itemsize
+            x = message[begin : begin + size].view(leaf.dtype).view(leaf.shape)
+            begin += size + len(_padding(size))
+            return x
+
+        return tree_map(taken, planned)
 
 
-def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of a message: what is needed to find it again."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _padding(size: int) -> Tensor:
+    """Bytes after a part of a message, so that the next begins where numbers of any type may."""
+    return torch.zeros(-size % 16, dtype=torch.uint8)

@@ -134,11 +134,26 @@ class Run:
         for text in damaged:
             logger.info("skipped a damaged checkpoint: %s", text)
         if path is None:
+            if left := [name for name in ("results.json", "model") if (self.folder / name).exists()]:
+                raise RunError(
+                    f"{self.folder} holds {' and '.join(left)} of a finished run, and no checkpoint to go on from: "
+                    "it would be begun again and written over; give another --output-dir"
+                )
             logger.info("nothing to resume from: starting at update 1")
             return
         progress = self.progress
+        if progress.update > self.options.max_updates:
+            raise RunError(
+                f"{path} has done {progress.update} updates, more than --max-updates {self.options.max_updates}; raise "
+                "it"
+            )
         if progress.best_update is not None and not self._saver.is_good(progress.best_update):
             gone = progress.best_update
+            if progress.update == self.options.max_updates:
+                raise RunError(
+                    f"the best checkpoint, of update {gone}, is gone, and no update is left to find another: restore "
+                    "it from a copy, or raise --max-updates"
+                )
             logger.info("the best checkpoint, of update %d, is gone: the best from here on is kept", gone)
             progress.best_update = progress.best_value = None
         self._saved_update = progress.update

@@ -30,7 +30,7 @@ class TranslationConfig:
     """
 
     preset: str = option(
-        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+        "generated", "a named set of option values; an option that is given overrides it", choices=PRESETS
     )
 
     train_prefix: list[str] = option(

@@ -95,10 +95,10 @@ def worker_transform(config: VisionConfig, views: Views) -> Callable[[Tensor], T
 
 def why_not_on_device(config: VisionConfig, images: ImageSplits) -> str | None:
     """The reason why the run cannot transform whole batches on the device; None where it can."""
-    if images.train.tensor is None:
-        return "the images are no set of one size that is kept as one tensor"
     if config.image_size is not None:
         return "--image-size resizes images"
+    if images.train.tensor is None:
+        return "the images are no set of one size that is kept as one tensor"
     if config.random_resized_crop:
         return "--random-resized-crop works image by image"
     return None if config.auto_augment == "none" else f"--auto-augment {config.auto_augment} works image by image"

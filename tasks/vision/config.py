@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from tasks.cli.errors import UserError
-from tasks.cli.options import check_choices, check_least, flag, option
+from tasks.cli.options import check_choices, check_least, check_not_blank, flag, option
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
 from tasks.vision.presets import DATA, PRESETS
 
@@ -34,7 +34,7 @@ class VisionConfig:
     """
 
     preset: str = option(
-        "generated", "named values for all other options; an option that is given overrides it", choices=PRESETS
+        "generated", "a named set of option values; an option that is given overrides it", choices=PRESETS
     )
 
     data: str | None = option(
@@ -44,7 +44,7 @@ class VisionConfig:
         group="data",
     )
     corpus_seed: int = option(0, "seed of the drawn images, the test images too")
-    train_images: int | None = option(None, "train on so many images, equally many of each class; all by default")
+    train_images: int | None = option(None, "train on so many images, the classes keep their shares; all by default")
     valid_images: int = option(1_000, "images held out of training where the data has no validation split")
     on_corrupt: str = option(
         "refuse", "an image that cannot be decoded ends the run, or is left out and counted", choices=ON_CORRUPT
@@ -64,13 +64,15 @@ class VisionConfig:
         "height and width that the network sees; by default those of the data",
         group="the transform T of the images",
     )
-    crop_padding: int = option(4, "pad with so many black pixels and crop at random; 0 does not")
-    random_resized_crop: bool = option(False, "crop an area of 8 to 100 per cent, and resize it")
-    flip: bool = option(True, "mirror every other image, left to right")
+    crop_padding: int = option(4, "pad with so many black pixels and crop at random; 0 switches this off")
+    random_resized_crop: bool = option(
+        False, "cut out 8 to 100 per cent of an image's area at random, and resize it to --image-size"
+    )
+    flip: bool = option(True, "mirror each image left to right with probability 1/2")
     auto_augment: str = option("none", "a policy of torchvision's", choices=get_args(AutoAugment))
-    cutout: bool = option(True, "Cutout: a black square at random")
+    cutout: bool = option(True, "Cutout: hide a square at a random place")
     cutout_size: int = option(16, "side of Cutout's square, in pixels")
-    mixup_alpha: float = option(0.0, "mixup with proportions from Beta(a, a), drawn for each copy; 0 does not")
+    mixup_alpha: float = option(0.0, "mixup with proportions from Beta(a, a), drawn for each copy; 0 switches this off")
     pipeline: str = option(
         "auto",
         "where T runs: device, on whole batches of a data set that lies there as one tensor (crop with padding, flip "
@@ -79,13 +81,13 @@ class VisionConfig:
     )
 
     batch_size: int = option(64, "B, unique images of a rank's batch, before repetition", group="optimisation")
-    epochs: float | None = option(None, "end after so many epochs of unique images, where --max-updates are not done")
+    epochs: float | None = option(None, "stop after so many epochs, or after --max-updates, whichever comes first")
     learning_rate: float = option(0.1, "peak of the learning rate; it does not depend on M")
     lr_power: float = option(0.0, "multiply the rate by M to this power")
     lr_drops: list[float] = option([12.0, 17.0], "epochs after which the rate drops")
-    lr_factors: list[float] = option([0.1], "by what it is multiplied there: one for all, or one for each")
+    lr_factors: list[float] = option([0.1], "factor of the rate at each of --lr-drops: one for all, or one for each")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up")
-    momentum: float = option(0.9, "of SGD")
+    momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "L2 penalty of SGD")
     weight_decay_epochs: float | None = option(None, "no L2 penalty after so many epochs")
     decay_bias_and_norm: bool = option(False, "L2 penalty on biases and normalisation too")
@@ -104,8 +106,11 @@ class VisionConfig:
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs must be above 0 and finite, got {self.epochs}")
         check_choices(self)
-        if any(b <= a for a, b in zip([0.0, *self.lr_drops], self.lr_drops, strict=False)):
-            raise UserError(f"--lr-drops must rise and be above 0, got {' '.join(map(str, self.lr_drops))}")
+        check_not_blank(self, "data")
+        if not all(map(math.isfinite, self.lr_drops)) or any(
+            b <= a for a, b in zip([0.0, *self.lr_drops], self.lr_drops, strict=False)
+        ):
+            raise UserError(f"--lr-drops must rise, be above 0 and finite, got {' '.join(map(str, self.lr_drops))}")
         if len(self.lr_factors) not in (1, len(self.lr_drops)) or not all(0 < x <= 1 for x in self.lr_factors):
             raise UserError(
                 f"--lr-factors must be one number for all of --lr-drops or {len(self.lr_drops)}, each above 0 and at "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tasks.cli.errors import UserError
 from tasks.cli.machine import MachineOptions, parse_with_machine
-from tasks.cli.options import check_choices, check_least, option
+from tasks.cli.options import check_choices, check_least, check_not_blank, option
 from tasks.language_modelling.evaluation.tokens import AUTO, LINE_ENDS
 from tasks.language_modelling.text import SPLITS
 from tasks.models.names import check_models
@@ -53,8 +53,8 @@ class PerplexityConfig:
     )
 
     output_dir: str | None = option(None, "new folder for results.json", group="results")
-    resamples: int = option(1_000, "of the paired bootstrap between several models")
-    seed: int = option(12_345, "of the bootstrap and of the masks of --mc-dropout")
+    resamples: int = option(1_000, "resamples of the paired bootstrap between several models")
+    seed: int = option(12_345, "seed of the bootstrap and of the masks of --mc-dropout")
 
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
@@ -62,6 +62,9 @@ class PerplexityConfig:
         if self.data is None:
             raise UserError("no text to score: give --data, a file or a folder of splits")
         check_choices(self)
+        check_not_blank(self, "data")
+        if self.max_length is not None and self.max_length >= 2**31:
+            raise UserError(f"--max-length must be below 2^31, got {self.max_length}")
         if self.stride is not None and self.max_length is not None and self.stride > self.max_length:
             raise UserError(
                 f"--stride {self.stride} is more than --max-length {self.max_length}: the tokens between two windows "

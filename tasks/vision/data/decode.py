@@ -46,8 +46,8 @@ def to_tensor(image: Any) -> Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BITS:
         low, high = image.getextrema()
-        if not 0 <= low <= high < 2**16 or (image.mode == "I" and high < 2**8):  # else nobody knows their range
-            raise ValueError(f"its pixels are 32-bit numbers, {low} to {high}; convert it to 8 or 16 bits")
+        if not 0 <= low <= high < 2**16 or high < 2**8:  # else nobody knows their range
+            raise ValueError(f"its pixels are numbers of more than 8 bits, {low} to {high}; convert it to 8 bits")
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")

@@ -104,7 +104,7 @@ def load_images(
 
 def _read(data: str | None, seed: int, skip_corrupt: bool) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
     if data is None:
-        logger.info("no --data: training on drawn images")
+        logger.info("no --data: drawn images")
         drawn = draw_images(sum(_DRAWN.values()), seed)
         train, valid, test = (drawn.subset(part) for part in torch.arange(len(drawn)).split(list(_DRAWN.values())))
         return train, valid, test, CLASSES
@@ -120,6 +120,9 @@ def _read(data: str | None, seed: int, skip_corrupt: bool) -> tuple[ImageSet, Im
     return (*_with_test(read["train"], read["valid"], read["test"], seed), classes)
 
 
+_LIKE_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+
+
 def _read_folders(
     folder: Path, seed: int, skip_corrupt: bool
 ) -> tuple[ImageSet, ImageSet | None, ImageSet, Sequence[str]]:
@@ -130,12 +133,20 @@ def _read_folders(
             logger.info(f"{folder}: {found[0].name} are the {split} images, and {ignored} is left out")
     if not there["train"]:
         classes = class_folders(folder)
+        if splits := [name for name in classes if name.lower() in _LIKE_SPLITS]:
+            raise DataError(
+                f"{folder} has no folder train/, and {', '.join(splits)} would be taken for classes; call the folder "
+                "of the training images train"
+            )
         if len(classes) < 2:
             raise DataError(
                 f"{folder} has neither train/CLASS/* nor CLASS/* with at least two classes, nor is it a CIFAR archive "
                 "or a saved data set; an archive of images must be unpacked first"
             )
         return (*_with_test(read_folder(folder, classes, skip_corrupt=skip_corrupt), None, None, seed), classes)
+    read_from = {path.name for found in there.values() for path in found}
+    if others := [name for name in class_folders(folder) if name not in read_from]:
+        logger.info(f"{folder}: the folders {', '.join(others)} are no split, and are left out")
     classes = class_folders(there["train"][0])
     if len(classes) < 2:
         raise DataError(f"{there['train'][0]} has {len(classes)} class folders; a classifier needs at least 2")

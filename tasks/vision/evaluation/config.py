@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tasks.cli.machine import MachineOptions, parse_with_machine
-from tasks.cli.options import check_choices, check_least, option
+from tasks.cli.options import check_choices, check_least, check_not_blank, option
 from tasks.models.names import check_models
 from tasks.vision.config import ON_CORRUPT
 
@@ -40,11 +40,11 @@ class AccuracyConfig:
     )
 
     tta: int = option(
-        0, "N: classify by the mean over N random views of an image as well; 0 does not", group="test-time augmentation"
+        0, "N: also classify by the mean over N random views of an image; 0 does not", group="test-time augmentation"
     )
     tta_mean: str = option("probabilities", "of the views' probabilities, or of their logits", choices=get_args(Mean))
     crop_padding: int = option(4, "pixels of padding of a view's random crop, of models that see whole images")
-    flip: bool = option(True, "mirror every other view, left to right")
+    flip: bool = option(True, "mirror each view left to right with probability 1/2")
 
     batch_size: int = option(256, "images of a batch", group="results")
     num_workers: int = option(0, "processes that decode images")
@@ -56,6 +56,7 @@ class AccuracyConfig:
         check_least(self, _LEAST)
         check_models(self.model)
         check_choices(self)
+        check_not_blank(self, "data")
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> tuple[AccuracyConfig, MachineOptions]:

@@ -30,7 +30,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def evaluate(config: AccuracyConfig, machine: MachineOptions) -> dict[str, Any]:
-    """Run `config`: what can be wrong is found before the first image is scored, but for images that are damaged.
+    """Run `config`: what can be wrong, damaged images too, is found before the first image is scored.
 
     Returns:
         What `results.json` holds: options, number of images, and by model its figures; and their comparison.
@@ -50,6 +50,7 @@ def evaluate(config: AccuracyConfig, machine: MachineOptions) -> dict[str, Any]:
         in_memory=any(one.views.size is None for one in classifiers.values()),
     )
     images: ImageSet = getattr(splits, config.split)
+    images.refuse_damaged(config.split, config.num_workers)
     labels = {name: _labels(images, splits.classes, name, one) for name, one in classifiers.items()}
     transforms = {name: _view(config, one) for name, one in classifiers.items()}
     results: dict[str, Any] = {
