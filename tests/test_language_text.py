@@ -272,3 +272,9 @@ def test_a_column_of_numbers_is_no_text(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [1, 2]})}).save_to_disk(tmp_path / "numbers")
     with pytest.raises(DataError, match="the column 'text' holds no text but"):
         read_split(str(tmp_path / "numbers"), "train")
+
+
+def test_packed_splits_that_are_not_read_are_named_with_the_remedy(tmp_path):
+    (tmp_path / "valid.txt.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"valid\.txt\.zst is not read; unpack it"):
+        read_split(str(tmp_path), "valid")

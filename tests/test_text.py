@@ -31,7 +31,7 @@ def write_pair(folder: Path, name: str, en: bytes, de: bytes) -> str:
 def test_plain_gz_and_xz_read_the_same(tmp_path):
     content = "a dog\nein Hund äöü 🙂\n".encode()
     (tmp_path / "x").write_bytes(content)
-    (tmp_path / "x.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "x.gz").write_bytes(gzip.compress(content, mtime=0))
     (tmp_path / "x.xz").write_bytes(lzma.compress(content))
     texts = [read_lines(tmp_path / name) for name in ("x", "x.gz", "x.xz")]
     assert texts == [["a dog", "ein Hund äöü 🙂"]] * 3
@@ -39,7 +39,7 @@ def test_plain_gz_and_xz_read_the_same(tmp_path):
 
 def test_prefixes_are_joined_in_order_whichever_way_each_side_is_packed(tmp_path):
     first = write_pair(tmp_path, "first.v1", b"a\nb\n", b"A\nB\n")
-    (tmp_path / "second.en.gz").write_bytes(gzip.compress(b"c\n"))
+    (tmp_path / "second.en.gz").write_bytes(gzip.compress(b"c\n", mtime=0))
     (tmp_path / "second.de.xz").write_bytes(lzma.compress(b"C\n"))
     text = read_parallel([first, tmp_path / "second"], "en", "de")
     assert text == ParallelText(["a", "b", "c"], ["A", "B", "C"])
@@ -77,12 +77,12 @@ def test_only_line_ends_and_the_byte_order_mark_are_removed(tmp_path, content, l
     [
         ("text", b"", r"text is empty"),
         ("text", b"\xef\xbb\xbf", r"text is empty"),
-        ("text.gz", gzip.compress(b""), r"text\.gz is empty"),
+        ("text.gz", gzip.compress(b"", mtime=0), r"text\.gz is empty"),
         ("text", b"a\nb\nc \xff\nd\n", r"text, line 3: not valid UTF-8 \(invalid start byte\)"),
         ("text", "ä\n".encode("latin-1"), r"text, line 1: not valid UTF-8"),
         ("text", b"a\n\xed\xa0\x80\n", r"text, line 2: not valid UTF-8"),  # a surrogate
         ("text.gz", b"plain", r"cannot read .*text\.gz: Not a gzipped file"),
-        ("text.gz", gzip.compress(b"a\n" * 99)[:-9], r"cannot read .*text\.gz"),
+        ("text.gz", gzip.compress(b"a\n" * 99, mtime=0)[:-9], r"cannot read .*text\.gz"),
         ("text.xz", b"plain", r"cannot read .*text\.xz"),
         ("text.xz", lzma.compress(b"a\n" * 99)[:-9], r"cannot read .*text\.xz"),
     ],
@@ -126,7 +126,7 @@ def test_a_missing_language_is_answered_with_those_there_are(tmp_path):
 
 def test_one_side_in_two_files_is_refused(tmp_path):
     prefix = write_pair(tmp_path, "train", b"a\n", b"A\n")
-    (tmp_path / "train.de.gz").write_bytes(gzip.compress(b"B\n"))
+    (tmp_path / "train.de.gz").write_bytes(gzip.compress(b"B\n", mtime=0))
     with pytest.raises(DataError, match=r"several files .* in 'de', keep one: .*train\.de, .*train\.de\.gz"):
         read_parallel([prefix], "en", "de")
 

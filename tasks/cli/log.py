@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 
 class _Lines(logging.Handler):
@@ -21,6 +22,7 @@ def show_log(is_main_process: bool = True) -> None:
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):
         logger.addHandler(_Lines())
     logger.setLevel(logging.INFO if is_main_process else logging.WARNING)
+    disable_progress_bar()  # of transformers, for weights that are loaded or saved in a moment
 
 
 def progress_bar(unit: str, total: int, is_main_process: bool, **more: Any) -> tqdm:

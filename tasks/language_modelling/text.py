@@ -7,7 +7,7 @@ from pathlib import Path
 from tasks.cli.errors import DataError
 from tasks.text.data_sets import load_data_set
 from tasks.text.generated.corpus import generate_corpus
-from tasks.text.parallel import OPENERS, read_lines
+from tasks.text.parallel import OPENERS, UNPACK, UNREAD, read_lines
 
 SPLITS = ("train", "valid", "test")
 _FILES = ("ptb.{}.txt", "{}.txt", "wiki.{}.tokens")  # Penn Treebank's, anybody's, WikiText's
@@ -31,11 +31,14 @@ def read_split(source: str, split: str) -> list[str]:
     if Path(source).is_file():
         raise DataError(f"{source} is a file; give the folder of the three splits")
     names = [pattern.format(split) + packed for pattern in _FILES for packed in OPENERS]
+    unread = [Path(source, pattern.format(split) + packed) for pattern in _FILES for packed in UNREAD]
     found = [path for name in names if (path := Path(source, name)).is_file()]
     if len(found) > 1:
         raise DataError(f"several files hold the split {split!r}, keep one: {', '.join(map(str, found))}")
     if found:
         return read_lines(found[0])
+    if there := [path for path in unread if path.is_file()]:
+        raise DataError(f"{there[0]} is not read; {UNPACK}")
     if any(_holds(Path(source), other) for other in SPLITS):
         raise DataError(f"{source} has no split {split!r}: looked for {', '.join(names)}")
     below = [path for path in Path(source).glob("*/") if any(_holds(path, other) for other in SPLITS)]

@@ -135,5 +135,8 @@ class WindowSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; ValueError where the windows would be others."""
         if state["made_with"] != self._made_with:
-            raise ValueError(f"its windows were {state['made_with']}, and are {self._made_with} now")
+            raise ValueError(
+                f"its windows were {state['made_with']}, and are {self._made_with} now; resume with as many groups "
+                "of ranks and batches an update"
+            )
         self.set_epoch(state["epoch"], state["updates_in_epoch"] * len(self.groups))

@@ -18,7 +18,7 @@ import numpy as np
 from tasks.cli.errors import DataError as DataError
 
 OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_UNREAD, _UNPACK = (".zst", ".zip", ".lz4", ".7z"), "unpack it, or pack it as .gz, .xz or .bz2"
+UNREAD, UNPACK = (".zst", ".zip", ".lz4", ".7z"), "unpack it, or pack it as .gz, .xz or .bz2"
 DROP_REASONS = ("empty", "too_long", "length_ratio")  # the keys of every count of dropped pairs
 _UTF8_BOM = b"\xef\xbb\xbf"
 _HASHED_LINES = 10_000  # a pass of `fingerprint`; part of its definition
@@ -170,8 +170,8 @@ def _languages_present(prefix: Path) -> str:
         return f"there is no folder {prefix.parent}"
     names = (path.name for path in prefix.parent.iterdir() if path.name.startswith(f"{prefix.name}."))
     rests = [name.removeprefix(f"{prefix.name}.") for name in names]
-    if unread := [rest for rest in rests if rest.endswith(_UNREAD)]:
-        return f"{prefix}.{unread[0]} is there, and is not read; {_UNPACK}"
+    if unread := [rest for rest in rests if rest.endswith(UNREAD)]:
+        return f"{prefix}.{unread[0]} is there, and is not read; {UNPACK}"
     plain = {rest.removesuffix(packed) for packed in filter(None, OPENERS) for rest in rests if rest.endswith(packed)}
     langs = sorted(rest for rest in {*rests, *plain} if rest and "." not in rest)
     return f"this prefix has {', '.join(langs)}" if langs else "this prefix has no language at all"
@@ -179,8 +179,8 @@ def _languages_present(prefix: Path) -> str:
 
 def _open_binary(path: Path) -> BinaryIO:
     packed = path.suffix if path.suffix in OPENERS else ""
-    if path.suffix in _UNREAD:
-        raise DataError(f"{path}: {path.suffix} is not read; {_UNPACK}")
+    if path.suffix in UNREAD:
+        raise DataError(f"{path}: {path.suffix} is not read; {UNPACK}")
     file = OPENERS[packed](path, "rb")
     return io.BufferedReader(file) if packed else file  # reading lines straight from a decompressor is slow
 

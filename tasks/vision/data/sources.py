@@ -73,7 +73,8 @@ def load_images(
     if valid is None:
         if len(train) <= valid_images:
             raise DataError(
-                f"{data}: {len(train):,} training images, of which --valid-images {valid_images:,} cannot be held out"
+                f"{data}: {len(train):,} training images, of which --valid-images {valid_images:,} cannot be held out; "
+                "give fewer"
             )
         held_out, rest = stratified(train.labels, valid_images, seed)
         train, valid = train.subset(rest), train.subset(held_out)
