@@ -208,6 +208,9 @@ def test_a_damaged_best_checkpoint_is_named_and_the_newest_weights_are_the_resul
     assert train("--resume", "--max-updates", "6").status == 0
     truncate(begun / "checkpoints" / "update-000004" / "model.safetensors")
     verdict = train("--resume", "--max-updates", "6")
+    assert "the best checkpoint, of update 4, is gone, and no update is left to find another" in verdict.error
+    (begun / "results.json").unlink()  # no result is there that a worse one would replace
+    verdict = train("--resume", "--max-updates", "6")
     assert verdict.status == 0
     assert "the best checkpoint, of update 4, is gone: the best from here on is kept" in verdict.stdout
     final, newest = load_file(begun / "model" / "model.safetensors"), weights(begun, 6)

@@ -149,7 +149,7 @@ class Run:
             )
         if progress.best_update is not None and not self._saver.is_good(progress.best_update):
             gone = progress.best_update
-            if progress.update == self.options.max_updates:
+            if progress.update == self.options.max_updates and (self.folder / "results.json").exists():
                 raise RunError(
                     f"the best checkpoint, of update {gone}, is gone, and no update is left to find another: restore "
                     "it from a copy, or raise --max-updates"
