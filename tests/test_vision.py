@@ -413,7 +413,7 @@ def test_an_image_is_decoded_once_an_update_however_many_copies_it_has(tmp_path,
     assert len(decoded) == 2 * 7 + 4 + 18 + 4 + (4 + 18) + 4 * 2
     views = load_classifier(str(folder / "model")).views
     assert (views.size, views.resized) == (24, 27)
-    with pytest.raises(UserError, match="--pipeline device is not possible: the images are no set of one size"):
+    with pytest.raises(UserError, match="--pipeline device is not possible: --image-size resizes images"):
         run(tmp_path / "no", pipeline="device", **options, **shape)
 
 
@@ -608,7 +608,7 @@ def test_every_option_has_help_and_every_preset_names_options():
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--auto-augment", "more"], "--auto-augment must be one of none, autoaugment, .* got more"),
         (["--label-smoothing", "1"], "--label-smoothing is a probability, from 0 to below 1, got 1"),
-        (["--lr-drops", "5", "3"], r"--lr-drops must rise and be above 0, got 5\.0 3\.0"),
+        (["--lr-drops", "5", "3"], r"--lr-drops must rise, be above 0 and finite, got 5\.0 3\.0"),
         (["--lr-factors", "0.1", "0.2", "0.3"], "--lr-factors must be one number for all of --lr-drops or 2, each"),
         (["--random-resized-crop"], "--crop-padding and --random-resized-crop are two ways to crop"),
         (["--random-resized-crop", "--crop-padding", "0"], "--random-resized-crop needs --image-size"),

@@ -38,10 +38,10 @@ class MachineOptions:
         None, "by default what accelerate is configured to", group="machine", choices=PRECISIONS
     )
     cpu: bool = option(False, "use the processor even where an accelerator is at hand")
-    rank_timeout: int = option(1_800, "seconds that a rank waits for the others before it ends with an error")
     num_threads: int | None = option(
         None, "threads of a process on the processor; by default all cores where one process runs alone"
     )
+    rank_timeout: int = option(1_800, "seconds that a rank waits for the others before it ends with an error")
 
     def __post_init__(self) -> None:
         check_least(self, {"num_threads": 1, "rank_timeout": 1})

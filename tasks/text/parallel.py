@@ -91,7 +91,7 @@ def read_lines(path: str | Path) -> list[str]:
         raise DataError(f"cannot read {path}: {error}; copy or pack it again") from error
     if not lines:
         raise DataError(f"{path} is empty; it needs a sentence a line")
-    if len(lines) == 1 and "\r" in lines[0]:
+    if len(lines) == 1 and "\r" in lines[0].rstrip("\r"):
         raise DataError(f"{path}: its lines end in carriage returns alone; convert them to line feeds")
     return lines
 
