@@ -9,6 +9,7 @@ from group_runs import SCRIPTS, run, run_trainer, write_text
 
 from distributed import run_ranks
 
+pytestmark = pytest.mark.slow
 TASKS = list(SCRIPTS)
 FAMILIES = ("marian", "llama")  # of Trainers
 STREAMS = "--ba-m 4 --reproducible-copies"
