@@ -37,12 +37,18 @@ fault = pathlib.Path(__file__).with_name("fault")
 if fault.exists() and fault.read_text() == folder.name:
     fault.unlink()
     sys.exit("error: no such thing")
+updates, copies, batch = (int(words[name]) for name in ("--max-updates", "--ba-m", "--batch-size"))
+gain = {(1, 8): 0.0, (1, 16): 0.05, (1, 32): 0.2}.get((copies, batch), 0.1)  # fixed samples, M = 4 are best
 with (folder / "metrics.jsonl").open("a") as file:
-    for update in range(int(words["--max-updates"])):
-        file.write(json.dumps({"update": update + 1}) + "\\n")
+    for update in range(1, updates + 1):
+        seen = {"seen_instances": copies * batch * update, "unique_samples": batch * update}
+        row = {"update": update, "loss": 2 / update, "valid_accuracy": gain + update / 60, "seconds": update / 4}
+        file.write(json.dumps({**row, **seen}) + "\\n")
         file.flush()
         time.sleep(0.02 if "--log-every" in words else 0)
-(folder / "results.json").write_text(json.dumps({"seconds": 1.0}))
+test = gain + 0.5 + int(words["--seed"]) / 1000 + (0.1 if float(words["--learning-rate"]) > 0.2 else 0)
+results = {"updates": updates, "num_copies": copies, "seconds": updates / 4, "test_accuracy": test}
+(folder / "results.json").write_text(json.dumps({**results, **seen}))
 """
 
 
@@ -172,6 +178,35 @@ def test_a_folder_of_another_manifest_is_refused(experiment, manifest):
     assert "was run with learning_rate 0.2, and the manifest now has 0.3" in verdict.error
     kept = json.loads((folder / "experiment.json").read_text())
     assert kept["manifest"]["options"]["learning_rate"] == 0.2
+
+
+def table(text, title):
+    """Its rows, by their first cell."""
+    lines = text.partition(title)[2].split("\n")[1:]
+    return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in lines[: lines.index("")])}
+
+
+def test_the_tables_tell_who_wins_and_who_does_not(experiment):
+    verdict, folder = experiment()
+    assert verdict.status == 0, verdict.error
+    text = (folder / "tables.txt").read_text()
+    assert text.strip() in verdict.stdout
+    two = table(text, "Batch Augmentation against its baselines (Table 2)\n")
+    # seeds 0 and 7: 0.35 above the first, and a standard deviation of 0.7 / sqrt(2)
+    assert two["M = 4"] == ["test, %", "60.35 ± 0.49", "50.35 ± 0.49", "70.35 ± 0.49", "50.35 ± 0.49"]
+    assert re.search(r"M = 4 on test beats fixed steps by 10.00 points \(p = 0.002, Welch's t\)", text)
+    assert re.search(r"M = 4 on test does NOT win over fixed samples, B times 4: it is 10.00 points worse", text)
+    runs = table(text, "All runs\n")
+    assert runs["M = 4"][3:5] == runs["fixed samples, B times 4"][3:5] == ["12", "384"]
+    assert runs["equal compute, updates times 4"][3:5] == ["48", "384"]
+    reach = table(text, "Updates until the baseline's final quality\n")
+    assert reach["fixed steps"] == ["12", "1.00", "1.00"]
+    assert reach["M = 4"] == ["6", "2.00", "2.00"]  # 0.1 + 6/60 = 12/60; half the updates, four times the instances
+    speed = table(text, "Throughput (Table 5)\n")
+    assert speed["32"][-3:] == ["128.0", "0.0", "66"]  # 32 instances in a quarter of a second, of six runs
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("copies", "final", "samples-m2", "samples-m4", "reach") for kind in ("svg", "png")
+    }
 
 
 @pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: f"{file.parts[-3]}-{file.stem}")

@@ -31,6 +31,7 @@ class Kind:
         epochs: options that count in epochs; `epochs` itself ends a run.
         logged: the file of a run folder that grows with every logged update, and what stands in it once for each.
         evaluation: the evaluation script and the parser of its options, where there is one.
+        data: options that name the data, in both scripts.
     """
 
     script: str
@@ -44,6 +45,7 @@ class Kind:
     log_every: str = "log_every"
     logged: tuple[str, str] = ("metrics.jsonl", '"update"')
     evaluation: tuple[str, Callable[[Sequence[str]], Any]] | None = None
+    data: tuple[str, ...] = ("data",)
 
 
 def _finetuning(argv: Sequence[str]) -> dict[str, Any]:
@@ -58,6 +60,7 @@ KINDS: dict[str, Kind] = {
         batch="max_tokens",
         rate="lr_scale",
         evaluation=("eval_bleu.py", translation_evaluation.parse_evaluation),
+        data=("test_prefix", "source_lang", "target_lang", "bleu_tokenize"),
     ),
     "language_modelling": Kind(
         "train_ptb.py",
@@ -71,6 +74,7 @@ KINDS: dict[str, Kind] = {
         batch="batch_size",
         epochs=("epochs", "lr_drops", "warmup_epochs", "weight_decay_epochs"),
         evaluation=("eval_vision.py", vision_evaluation.parse_evaluation),
+        data=("data", "corpus_seed", "valid_images"),
     ),
     "finetuning": Kind(
         "finetune.py",

@@ -237,14 +237,14 @@ def _check_options(manifest: Manifest) -> None:
         for name, instead in _set_here(kind).items():
             if name in table:
                 raise UserError(f"{where} {name} is set by {instead}; leave it out")
-    if manifest.evaluation:
-        if kind.evaluation is None:
-            raise UserError(f"evaluation: the task {manifest.task} has no evaluation script; leave the table out")
-        evaluate(manifest.evaluation, kind, ["a"])
+    if manifest.evaluation and kind.evaluation is None:
+        raise UserError(f"evaluation: the task {manifest.task} has no evaluation script; leave the table out")
     try:
         cells = manifest.cells()
     except UserError as error:
         raise UserError(f"options: {error}", details=error.details) from error
+    if manifest.evaluation:
+        evaluate(manifest, ["a"])
     for cell in cells:
         try:
             kind.parse(command_line(cell.options))
@@ -252,10 +252,13 @@ def _check_options(manifest: Manifest) -> None:
             raise UserError(f"the run {cell.name}: {error}", details=error.details) from error
 
 
-def evaluate(options: Mapping[str, Any], kind: Kind, models: Sequence[str]) -> list[str]:
-    """The command line of the evaluation script, its words checked by that script's parser."""
+def evaluate(manifest: Manifest, models: Sequence[str]) -> list[str]:
+    """The command line of the evaluation script, checked by its parser; the data is that of the training."""
+    kind = manifest.kind
     assert kind.evaluation is not None
-    words = ["--model", *models, *command_line(options)]
+    base = kind.parse(command_line(manifest.options))
+    of_training = {name: base[name] for name in kind.data if base.get(name)}
+    words = ["--model", *models, *command_line({**of_training, **manifest.evaluation})]
     try:
         kind.evaluation[1](words)
     except UserError as error:

@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cli.errors import RunError, make_folder, writing
-from tasks.cli.files import write_json
+from tasks.cli.files import write_json, write_text
 from tasks.cli.options import check_least, option
 from tasks.cluster.costs import fit_costs
+from tasks.experiments.figures import save_figures
 from tasks.experiments.kinds import SCRIPTS, Kind
 from tasks.experiments.manifest import BA, FIXED_STEPS, Cell, Manifest, command_line, evaluate, read_manifest
+from tasks.experiments.records import EVALUATION, EXPERIMENT, RESULTS, read_experiments
+from tasks.experiments.tables import tables
 
 logger = logging.getLogger(__name__)
 
-EXPERIMENT, RESULTS, LOG, EVALUATION = "experiment.json", "results.json", "log.txt", "evaluation"
+LOG, TABLES, FIGURES = "log.txt", "tables.txt", "figures"
 _TIMED = 6  # updates; the first one is left out
 _LONGEST = 600.0  # seconds that timing may take
 _SHOWN = 3  # last lines of a run that failed
@@ -53,7 +56,7 @@ def run_experiment(file: Path, config: ExperimentConfig) -> Path:
     """Run what is not finished of a manifest; all of it is checked before the first run.
 
     Returns:
-        The experiment's folder: `experiment.json`, and a run folder for every cell.
+        The experiment's folder: `experiment.json`, a run folder for every cell, `tables.txt` and `figures/`.
 
     Raises:
         UserError: the manifest is wrong, the folder holds another experiment, or a run failed.
@@ -75,6 +78,14 @@ def run_experiment(file: Path, config: ExperimentConfig) -> Path:
             raise RunError(f"{len(failed)} of {len(waiting)} runs failed ({failed[0]}); the same command goes on")
         if manifest.evaluation and not is_finished(folder / EVALUATION):
             runner.evaluate(manifest, cells)
+    for experiment in read_experiments([folder]):
+        text = "\n\n".join(table.as_text() for table in tables(experiment))
+        logger.info("\n%s", text)
+        with writing(folder, remedy="give another --output-dir"):
+            write_text(folder / TABLES, text + "\n")
+        save_figures(experiment, folder / FIGURES)
+    page = f"python scripts/report.py {folder} --output report.html"
+    logger.info("\n%s: %s, %s/; as a page: %s", folder, TABLES, FIGURES, page)
     return folder
 
 
@@ -144,7 +155,7 @@ class _Runner:
         """Score the models of all runs by the evaluation script, Table 4; its folder is `evaluation`."""
         assert self.kind.evaluation is not None
         models = [str(self.folder / cell.name / "model") for cell in cells]
-        words = evaluate(manifest.evaluation, self.kind, models)
+        words = evaluate(manifest, models)
         place = self.folder / EVALUATION
         logger.info(f"{self.kind.evaluation[0]} scores {len(models)} models")
         process = self._start(self.kind.evaluation[0], [*words, "--output-dir", str(place)], place)

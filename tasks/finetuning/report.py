@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from seqba.arguments import BatchAugmentationArguments
 from seqba.trainer import BatchAugmentationTrainer
+from tasks.cli.files import write_text
 from tasks.cli.software import describe_machine
 from tasks.finetuning.config import CAUSAL, CLASSIFICATION, METRICS, SEQ2SEQ, FinetuningConfig
 from tasks.models.folder import write_card
@@ -34,7 +36,7 @@ def describe_run(
     ba_args: BatchAugmentationArguments,
     results: dict[str, Any],
 ) -> None:
-    """Write `curve.png` and the card, `README.md`, into the run folder; `results` are those of `results.json`."""
+    """Write `curve.png`, `metrics.jsonl` and the card into the run folder; `results` are those of `results.json`."""
     folder = Path(trainer.args.output_dir)
     metric = METRICS[task][-1]
     is_accuracy = task == CLASSIFICATION
@@ -42,11 +44,12 @@ def describe_run(
         target="sample",
         loss="loss" if is_accuracy else "nats per token",
         training="training",
-        metric=metric if is_accuracy else "valid_loss",
+        metric="valid_accuracy" if is_accuracy else "valid_loss",
         higher_is_better=is_accuracy,
     )
     names = {"step": "update", "loss": "loss", f"eval_{metric}": figures.metric}
     rows = [{ours: row[theirs] for theirs, ours in names.items() if theirs in row} for row in trainer.state.log_history]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     draw_curve(rows, folder / CURVE, title=folder.name, figures=figures)
 
     args = trainer.args

@@ -104,6 +104,8 @@ def finetune(
     results: dict[str, Any] = {"task": task, "options": as_json(config, ba_args, args)}
     results |= _evaluate(config, trainer, encoded.get(TEST), sentences)
     results["counters"] = trainer.counters.state()["args"]
+    seconds = [row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row]
+    results |= {"updates": trainer.state.global_step, "seconds": sum(seconds)}  # of a resumed run the last part's
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir, RESULTS), results)
         describe_run(trainer, task, config, ba_args, results)
