@@ -46,6 +46,8 @@ def test_every_option_is_one_of_the_scripts():
         "finetune.py",
         "audit_masks.py",
         "plan_cluster.py",
+        "experiment.py",
+        "report.py",
     )
     tasks = ("translation", "finetuning", "language-modelling", "vision")
     scripts = [*((name,) for name in names), *(("benchmark.py", task) for task in tasks)]

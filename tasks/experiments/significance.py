@@ -25,7 +25,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
     v^2 / sum((var/n)^2 / (n-1)) degrees of freedom. Its tail is the integral of cos^(df-1) from atan(t / sqrt(df)) on.
 
     >>> round(welch([30.02, 29.99, 30.11, 29.97], [29.89, 29.93, 29.72, 29.98]), 4)
-    0.066
+    0.0817
     """
     if min(len(a), len(b)) < 2:
         return None
