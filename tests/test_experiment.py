@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -19,7 +21,7 @@ ba_m = [2, 4]
 seeds = [0, 7]
 baselines = ["fixed-steps", "fixed-samples", "equal-compute"]
 rate_powers = [0, 0.5]
-train_samples = 100
+train_samples = 110
 seconds_per_update = 0.5
 
 [options]
@@ -80,7 +82,7 @@ def test_fixed_samples_see_as_many_instances_in_as_many_updates_as_batch_augment
     assert options["max_updates"] == ours["max_updates"] == steps["max_updates"] == 12
     assert options["batch_size"] * options["ba_m"] == ours["batch_size"] * ours["ba_m"] == 32
     assert steps["batch_size"] * steps["ba_m"] == 8
-    assert round(options["lr_drops"][0] * (100 // 32)) == round(steps["lr_drops"][0] * (100 // 8))
+    assert round(options["lr_drops"][0] * (110 // 32)) == round(steps["lr_drops"][0] * (110 // 8))
     assert ours["learning_rate"] == options["learning_rate"] == 0.2
     scaled = KINDS["vision"].parse(command_line(cells["fixed-samples-m4-rate0.5"].options))
     assert scaled["learning_rate"] == pytest.approx(0.2 * 4**0.5)
@@ -168,6 +170,23 @@ def test_without_stated_seconds_some_updates_are_timed(experiment, manifest):
     assert verdict.status == 0, verdict.error
     assert re.search(r"equal-compute-m4-seed7: 48 updates, about [1-3] s", verdict.stdout), verdict.stdout
     assert not list(folder.glob("*"))
+
+
+@pytest.mark.slow
+def test_a_stopped_experiment_stops_its_runs_and_starts_no_other(manifest, tmp_path):
+    stub, folder = tmp_path / "stub.py", tmp_path / "out"
+    stub.write_text(STUB.replace("time.sleep(0.02", "time.sleep(60").replace("else 0)", "else 60)"))
+    words = [sys.executable, SCRIPTS / "experiment.py", manifest, "--output-dir", folder, "--jobs", "2"]
+    process = subprocess.Popen([*words, "--launch", f"{sys.executable} {stub}"], text=True, stdout=subprocess.PIPE)
+    while len(list(folder.glob("*/metrics.jsonl"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    assert len(list(folder.glob("*/log.txt"))) == 2
+    assert not list(folder.glob("*/results.json"))
 
 
 def test_a_folder_of_another_manifest_is_refused(experiment, manifest):

@@ -6,14 +6,15 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bad_input import SCRIPTS, call
-from tasks.experiments.records import read_experiments
-from tasks.experiments.significance import test_difference, welch
-from tasks.experiments.tables import tables, verdict
+from tasks.experiments.records import Score, read_experiments
+from tasks.experiments.significance import p_value_of, welch
+from tasks.experiments.tables import averaged, tables, verdict
 from tasks.scoring.bleu import paired_bootstrap
 from tasks.text.generated.corpus import generate_corpus
 
@@ -76,6 +77,20 @@ def test_lone_runs_are_told_apart_by_their_batch():
     }  # fmt: skip
 
 
+def test_averages_at_test_time_are_the_improvements_of_the_papers_table_4():
+    (experiment,) = read_experiments(records("fixed-steps-seed0"))
+    (record,) = experiment.records
+    plain = replace(record, tests={"test": Score(93.41, "%", True)})
+    scored = {"model": f"elsewhere/{record.name}/model", "accuracy": 0.9341, "tta_accuracy": 0.9433}
+    views = replace(experiment, records=[plain], evaluation={"options": {"tta": 10}, "models": {"a": scored}})
+    assert averaged(views).rows == [["fixed steps", "test, %", "93.41", "94.33", "+13.96%"]]
+    assert averaged(views).head[3] == "10 views (TTA)"
+    plain = replace(record, tests={"test": Score(60.0, "perplexity", False)})
+    scored = {"model": f"{record.name}/model", "perplexity": 57.0}
+    masks = replace(experiment, records=[plain], evaluation={"options": {"mc_dropout": 8}, "models": {"a": scored}})
+    assert averaged(masks).rows == [["fixed steps", "test, perplexity", "60.00", "57.00", "+5.00%"]]
+
+
 def test_one_seed_is_no_test():
     (experiment,) = read_experiments(records("fixed-steps-seed0", "m4-seed0"))
     steps, ours = ([record] for record in experiment.records)
@@ -97,13 +112,13 @@ def test_bleu_is_compared_by_paired_bootstrap_and_remembered_without_the_transla
         (folder / "results.json").write_text(json.dumps({**results, "tests": {"generated": test}}))
     (experiment,) = read_experiments([tmp_path])
     steps, ours = ([record] for record in experiment.records)
-    p, how = test_difference(ours, steps, "generated")
+    p, how = p_value_of(ours, steps, "generated")
     want = paired_bootstrap({"steps": worse, "ours": text}, text, num_samples=1_000, seed=12_345)[1].p_value
     assert p == want < 0.01
     assert "paired bootstrap" in how
     for file in tmp_path.glob("*/hyp.*"):
         file.unlink()
-    assert test_difference(ours, steps, "generated") == (p, how)
+    assert p_value_of(ours, steps, "generated") == (p, how)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ _SEED = re.compile(r"-seed(\d+)$")
 
 
 @dataclass(frozen=True)
-class TestFigure:
+class Score:
     """A run's figure on a test set, its unit, and for BLEU sacreBLEU's signature and the file of translations."""
 
     value: float
@@ -59,7 +59,7 @@ class Record:
     rows: Sequence[Mapping[str, Any]]
     validation: Sequence[tuple[int, float]]
     unit: str
-    tests: Mapping[str, TestFigure]
+    tests: Mapping[str, Score]
     options: Mapping[str, Any]
 
     @property
@@ -193,22 +193,22 @@ def _validation(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     return "valid_loss", "validation nats per token", float
 
 
-def _tests(results: Mapping[str, Any]) -> Iterator[tuple[str, TestFigure]]:
+def _tests(results: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
     if "tests" in results:
         for name, one in results["tests"].items():
-            yield name, TestFigure(one["bleu"], "BLEU", True, f"{one['signature']}; {one['decoding']}", one["file"])
+            yield name, Score(one["bleu"], "BLEU", True, f"{one['signature']}; {one['decoding']}", one["file"])
     elif "task" in results:  # of a Trainer, by split
         split = "test" if "test" in results else "validation"
         found = {name.partition("_")[2]: value for name, value in results[split].items()}
         for name, unit in (("bleu", "BLEU"), ("accuracy", "%"), ("perplexity", "perplexity")):
             if name in found:
                 value, signature = found[name] * (100 if name == "accuracy" else 1), found.get("bleu_signature", "")
-                yield split, TestFigure(value, unit, name != "perplexity", signature if name == "bleu" else "")
+                yield split, Score(value, unit, name != "perplexity", signature if name == "bleu" else "")
                 return
     elif "test_accuracy" in results:
-        yield "test", TestFigure(100 * results["test_accuracy"], "%", True)
+        yield "test", Score(100 * results["test_accuracy"], "%", True)
     elif "test_perplexity" in results:
-        yield "test", TestFigure(results["test_perplexity"], "perplexity", False)
+        yield "test", Score(results["test_perplexity"], "perplexity", False)
 
 
 def _infer(records: Sequence[Record]) -> list[Record]:

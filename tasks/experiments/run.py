@@ -139,6 +139,7 @@ class _Runner:
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 _stop(self.children)
+                logger.info("stopped; the same command goes on")
                 raise
         return failed
 
@@ -235,10 +236,11 @@ def _last_lines(place: Path) -> str:
 
 def _stop(children: set[subprocess.Popen[bytes]]) -> None:
     """Ask runs to stop, which saves a checkpoint, and wait until they did."""
-    for process in children:
+    started = list(children)  # the threads that wait for them take them out
+    for process in started:
         if process.poll() is None:
             process.terminate()
-    for process in children:
+    for process in started:
         process.wait()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tasks.experiments.manifest import BA, EQUAL_COMPUTE, FIXED_SAMPLES, FIXED_STEPS
 from tasks.experiments.records import Experiment, Record, mean_curve, spread
-from tasks.experiments.significance import test_difference
+from tasks.experiments.significance import p_value_of
 from tasks.scoring.table import align
 from tasks.vision.evaluation.evaluate import relative_improvement
 
@@ -96,7 +96,7 @@ def verdict(ours: Sequence[Record], other: Sequence[Record], test: str) -> str:
     figure = ours[0].tests[test]
     means = [spread([record.tests[test].value for record in side])[0] for side in (ours, other)]
     gain = (means[0] - means[1]) * (1 if figure.higher_is_better else -1)
-    p, how = test_difference(ours, other, test)
+    p, how = p_value_of(ours, other, test)
     chance = f"p = {p:.3f}, {how}" if p is not None else "one seed, so that no test tells it from chance"
     unit = "points" if figure.unit == "%" else figure.unit
     who = f"{label(ours[0])} on {test}"
@@ -105,7 +105,8 @@ def verdict(ours: Sequence[Record], other: Sequence[Record], test: str) -> str:
         return f"{who} beats {against} by {gain:.2f} {unit} ({chance})"
     if gain > 0:
         return f"{who} is {gain:.2f} {unit} better than {against}, which may be chance ({chance})"
-    return f"{who} does NOT win over {against}: it is {-gain:.2f} {unit} worse ({chance})"
+    how_much = f"{-gain:.2f} {unit} worse" if gain else "no better"
+    return f"{who} does NOT win over {against}: it is {how_much} ({chance})"
 
 
 def all_runs(experiment: Experiment) -> Table:
