@@ -34,7 +34,10 @@ def listed():
     rows = [
         [
             torch.cat(
-                [g.flatten() for g in torch.autograd.grad((model(a, mask) - b).square().sum(), model.parameters())]
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad((model(a, mask) - b).square().sum(), list(model.parameters()))
+                ]
             )
             for mask in masks
         ]
