@@ -39,7 +39,7 @@ def test_pearson_is_numpys():
 def test_every_task_has_its_table_and_its_figure(task, tmp_path):
     run = tmp_path / "run"
     trained(task, run, tmp_path / "cache")
-    config = GradientConfig(run=str(run), pairs=6, ba_m=[1, 3], batches=2, chunk=4)
+    config = GradientConfig(run=str(run), pairs=6, ba_m=[1, 3], batches=4, chunk=4)
     points = measure_gradients(config, HERE)
     assert [point["update"] for point in points] == [0, 1, 2, None]
     kinds = ["x and T(x)", "same class", "different classes"] if task == "vision" else ["two masks", "two samples"]
@@ -47,6 +47,9 @@ def test_every_task_has_its_table_and_its_figure(task, tmp_path):
         assert list(point["correlations"]) == kinds
         first, *_, last = (x["median"] for x in point["correlations"].values())
         assert -1 <= last < first <= 1
+        assert 1 <= point["num_copies"] <= 3
+        assert point["noise"]["within"] > 0
+        assert len(point["noise"]["between_interval"]) == 2
         one, three = point["norms"]
         assert one["copies"] == pytest.approx(one["distinct"], rel=0.5)
         assert three["distinct"] < three["copies"] < 1.2 * one["copies"]

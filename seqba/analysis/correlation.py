@@ -16,8 +16,8 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ, or are not (n, D).
 
-    >>> pearson(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0, 4.0, 6.0]])).tolist()
-    [1.0]
+    >>> pearson(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[5.0, 3.0, 1.0]])).round().tolist()
+    [-1.0]
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from seqba.analysis import pearson
-from seqba.analysis.live import pick_rows
+from seqba.analysis import NoiseSplit, choose_copies, pearson
+from seqba.analysis.live import noise_of_halves, pick_rows
+from seqba.analysis.variance import mean_interval
 from seqba.audit.state import undisturbed
 from seqba.checkpoint.files import MODEL
 from seqba.context import copies_of_pass
@@ -74,10 +76,21 @@ def measure_gradients(config: GradientConfig, machine: MachineOptions) -> list[d
     for name in config.weights or _points_of(folder):
         update = _load(subject.model, name)
         correlations = _correlations(subject, batches, config)
-        points.append({"weights": name, "update": update, **correlations, "norms": _norms(subject, batches, config)})
+        noise = _noise(subject, batches[:: max(config.ba_m)], config.seed)
+        choice = choose_copies(noise, most=max(config.ba_m))
+        norms = _norms(subject, batches, config)
+        noises = {"noise": vars(noise), "num_copies": choice.num_copies}
+        points.append({"weights": name, "update": update, **correlations, "norms": norms, **noises})
         logger.info(_line(points[-1]))
+        logger.info("%s: %s", name, choice.reason)
     output = Path(config.output_dir or folder / "gradients")
     output.mkdir(parents=True, exist_ok=True)
+    for point in points:  # JSON has no infinity
+        noise = point["noise"]
+        point["noise"] = {
+            name: list(x) if isinstance(x, tuple) and math.isfinite(x[0]) else x if isinstance(x, float) else None
+            for name, x in noise.items()
+        }
     write_json(output / "gradients.json", {"options": vars(config), "points": points})
     _draw(points, output)
     logger.info("%s: gradients.json, gradients.png, gradients.svg", output)
@@ -222,6 +235,25 @@ def _norms(subject: Subject, batches: Sequence[Any], config: GradientConfig) -> 
         copies, distinct = (sums[:, m - 1] / config.batches).tolist()
         rows.append({"num_copies": m, "copies": copies, "distinct": distinct})
     return rows
+
+
+# ---- how many copies are worth it
+
+
+def _noise(subject: Subject, batches: Sequence[Any], seed: int) -> NoiseSplit:
+    """s_w^2 and s_b^2, the mean over batches; with intervals where there are four batches."""
+    found = []
+    for update, batch in enumerate(batches):
+
+        def loss_of(copy: int, rows: Tensor, batch: Any = batch) -> Tensor:
+            half = pick_rows(subject.take(batch, copy), rows)
+            return subject.loss_of(subject.loss_model, half) / max(int(subject.count(half)), 1)
+
+        count = len(batch["labels"])
+        found.append(noise_of_halves(subject.loss_model, loss_of, count, copies=(0, 1), seed=(seed, update)))
+    values = [[float(x) for x in side] for side in zip(*found, strict=True)]
+    within, between = (sum(side) / len(side) for side in values)
+    return NoiseSplit(within, between, *map(mean_interval, values))
 
 
 # ---- what comes of it
