@@ -22,7 +22,8 @@ class BatchAugmentationArguments:
     """The options of Batch Augmentation, for `HfArgumentParser` beside `TrainingArguments` or a task's own.
 
     Raises:
-        ValueError: M below 1, copies_per_pass neither auto nor from 1 to M, or M no multiple of ranks_per_group.
+        ValueError: M below 1, copies_per_pass neither auto nor from 1 to M, or M no multiple of ranks_per_group, or
+            noise_every below 0.
     """
 
     ba_m: int = field(
@@ -52,7 +53,17 @@ class BatchAugmentationArguments:
         },
     )
 
+    noise_every: int = field(
+        default=0,
+        metadata={
+            "help": "updates between measures of noise_between, a gradient's noise between samples, and noise_within, "
+            "that of T (also in every fourth update where copies run in several passes); 0 measures neither"
+        },
+    )
+
     def __post_init__(self) -> None:
+        if isinstance(self.noise_every, bool) or not isinstance(self.noise_every, int) or self.noise_every < 0:
+            raise ValueError(f"noise_every must be a whole number of at least 0, got {self.noise_every!r}")
         if isinstance(self.ba_m, bool) or not isinstance(self.ba_m, int) or self.ba_m < 1:
             raise ValueError(f"ba_m must be a whole number of at least 1, got {self.ba_m!r}")
         CopyGroup(self.ba_m, world_size=self.ranks_per_group, ranks_per_group=self.ranks_per_group)  # R divides M

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from seqba.context import current_batch, current_copies
+from seqba.context import current_batch, current_copies, current_rows
 from seqba.repeat import unfold
 
 
@@ -65,6 +65,8 @@ class CarriedState:
             )
         blocks = [tree_flatten(self._blocks[place]) for place in places]
         joined = [torch.cat(leaves, self.dim) for leaves in zip(*(leaves for leaves, _ in blocks), strict=True)]
+        if (rows := current_rows()) is not None:
+            joined = [leaf.index_select(self.dim, rows.to(leaf.device)) for leaf in joined]
         for leaf in joined:
             if leaf.shape[self.dim] != num_rows:
                 raise ValueError(
@@ -74,7 +76,7 @@ class CarriedState:
         return tree_unflatten(joined, blocks[0][1])
 
     def keep(self, state: Any) -> None:
-        """Carry the state of the running pass's rows on, detached from its graph.
+        """Carry the state of the running pass's rows on, detached from its graph; not of a part of its batch.
 
         Raises:
             RuntimeError: no pass is running.
@@ -84,6 +86,8 @@ class CarriedState:
         found, structure = tree_flatten(state)[1], tree_flatten(self.initial(1))[1]
         if found != structure:
             raise ValueError(f"the state to carry is built as {found}, but the initial one as {structure}")
+        if current_rows() is not None:
+            return
         for i, place in enumerate(places):
             self._blocks[place] = tree_map(lambda x, i=i: unfold(x.detach(), len(places), dim=self.dim)[i], state)
 

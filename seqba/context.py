@@ -7,7 +7,9 @@ backward pass that recomputes activations on a thread of its own (gradient check
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-_running: tuple[tuple[int, ...], int] | None = None  # copies, batch
+from torch import Tensor
+
+_running: tuple[tuple[int, ...], int, Tensor | None] | None = None  # copies, batch, numbers of its samples
 _shared_depth = 0
 
 
@@ -28,9 +30,16 @@ def current_batch() -> int | None:
     return None if _running is None else _running[1]
 
 
+def current_rows() -> Tensor | None:
+    """The samples of its batch that the running pass holds, where these are not all: (b,)."""
+    return None if _running is None else _running[2]
+
+
 @contextmanager
-def copies_of_pass(copies: Sequence[int], *, batch: int = 0) -> Iterator[None]:
+def copies_of_pass(copies: Sequence[int], *, batch: int = 0, rows: Tensor | None = None) -> Iterator[None]:
     """Tell modules which copies the pass inside holds, and of which batch of the update. Changes no random draw.
+
+    `rows` are the numbers of the samples, where one copy of a part of the batch is looked at.
 
     Raises:
         ValueError: no copies, or a copy twice or below 0.
@@ -39,17 +48,17 @@ def copies_of_pass(copies: Sequence[int], *, batch: int = 0) -> Iterator[None]:
     numbers = tuple(copies)
     if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
         raise ValueError(f"copies must be distinct numbers from 0, at least one of them, got {list(numbers)}")
-    with rows_of_copies(numbers, batch):
+    with rows_of_copies(numbers, batch, rows):
         yield
 
 
 @contextmanager
-def rows_of_copies(numbers: tuple[int, ...], batch: int) -> Iterator[None]:
+def rows_of_copies(numbers: tuple[int, ...], batch: int, rows: Tensor | None = None) -> Iterator[None]:
     """`copies_of_pass` that is not asked whether the copies are distinct."""
     global _running
     if _running is not None:
         raise RuntimeError(f"a pass over copies {_running[0]} is already running; passes do not nest")
-    _running = numbers, batch
+    _running = numbers, batch, rows
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from seqba.analysis.live import PassNorms
 from seqba.context import copies_of_pass
 from seqba.draws.generators import seeded_generators
 from seqba.draws.measure import Snapshot, measure_draws
@@ -123,6 +124,7 @@ class PassLoop:
     Attributes:
         measures: whether the model's draws are looked at before its copies get streams (`measure_draws`): not where a
             batch cannot be repeated, so that one copy a pass is the only plan.
+        norms: where given, what looks at the gradients of the first batch of each update.
         compares: whether a fused pass is set against its copies then: not where all must stand in one pass.
     """
 
@@ -141,6 +143,7 @@ class PassLoop:
         self.accelerator, self.plan, self.group = accelerator, plan, group
         self.copy_seed, self.rank_seed, self.carried = copy_seed, rank_seed, carried
         self.measures, self.compares = copy_seed is not None and group.num_copies > 1, True
+        self.norms: PassNorms | None = None
         self._axes: DrawAxes | None = None
         self._tried: list[tuple[int, int]] = []  # sizes of batches that fitted on all ranks, where there are several
         self._beside: list[tuple[int, int]] = []  # and that fitted beside the gradients of earlier batches
@@ -169,6 +172,9 @@ class PassLoop:
     ) -> Iterator[None]:
         """The context of a pass: its copies, their streams, and no gradient reduction except in the last pass."""
         with ExitStack() as stack:
+            if self.norms is not None and self.norms.is_on and one.batch == 0:
+                ends = {"is_first": one.copies[0] == self.plan.copies[0], "is_last": one.copies == self.plan.passes[-1]}
+                stack.enter_context(self.norms.of_pass(len(one.copies), **ends))
             if not reduce or not (one.is_last or self.reduce_every_pass):
                 stack.enter_context(_not_reducing(self.accelerator, model))
             if self.copy_seed is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from seqba.analysis.live import PassNorms, noise_of_halves, pick_rows
 from seqba.carried import CarriedState
 from seqba.groups import CopyGroup
 from seqba.passes import CopiesPerPass, CopyPlan, Pass, PassLoop
@@ -38,6 +39,8 @@ class UpdateResult:
         num_targets: the denominator: target tokens (or samples), every copy counted.
         num_samples: samples, each counted once.
         copies_per_pass: the K that was used.
+        noise_within, noise_between: s_w^2 and s_b^2 of `seqba.analysis`, for gradients of the mean loss per target,
+            of the first batch of the update, the mean over the ranks; None where it was not measured.
     """
 
     loss: Tensor
@@ -45,6 +48,8 @@ class UpdateResult:
     num_targets: Tensor
     num_samples: Tensor
     copies_per_pass: int
+    noise_within: Tensor | None = None
+    noise_between: Tensor | None = None
 
 
 def _seed_of_first_rank(accelerator: Accelerator) -> int:
@@ -78,10 +83,14 @@ class TrainStep:
         take_copies: (batch, copies) -> the rows of one pass, by default the batch repeated `len(copies)` times. Each
             copy must have the targets that `count_fn` counts in the batch.
         carried: hidden states that `loss_fn` takes and keeps.
+        noise_every: measure the noise between samples in every such update, and that of T too, and where copies run in
+            several passes in every fourth one; 0 measures nothing. It changes no result. Rows must be a
+            mapping, and `count_fn` take rows too.
 
     Raises:
-        ValueError: `num_copies`, `copies_per_pass` or `ranks_per_group` out of range, `max_norm` not positive, or an
-            accelerator that divides losses itself.
+        ValueError: `num_copies`, `copies_per_pass` or `ranks_per_group` out of range, `max_norm` not positive, an
+            accelerator that divides losses itself, or `noise_every` below 0, or above it for a model sharded by
+            `fully_shard`.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class TrainStep:
         copy_seed: int | None = None,
         take_copies: Callable[[Any, tuple[int, ...]], Any] = take_repeated,
         carried: Sequence[CarriedState] = (),
+        noise_every: int = 0,
     ) -> None:
         self.group = CopyGroup.of(accelerator, num_copies, ranks_per_group)
         is_sharded = isinstance(model, FSDPModule)
@@ -114,6 +124,11 @@ class TrainStep:
                 f"{accelerator.gradient_accumulation_steps}; build it with 1 and give all batches of an update to the "
                 "step, which divides once"
             )
+        if noise_every < 0 or (noise_every and is_sharded):
+            raise ValueError(
+                f"noise_every must be at least 0, and 0 for a model sharded by fully_shard, got {noise_every}"
+            )
+        self.noise_every = noise_every
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.loss_fn, self.count_fn, self.take_copies = loss_fn, count_fn, take_copies
         self.max_norm, self.copy_seed = max_norm, copy_seed
@@ -128,6 +143,8 @@ class TrainStep:
             carried=[state.snapshot for state in carried],
             reduce_every_pass=is_sharded if reduce_every_pass is None else reduce_every_pass,
         )
+        if noise_every and not (self._loop.reduce_every_pass and accelerator.num_processes > 1):
+            self._loop.norms = PassNorms(model)  # of gradients of this rank alone
 
     def __call__(self, batches: Sequence[Any], *, update: int) -> UpdateResult:
         """Do update number `update` on this rank's batches of B samples each (several: accumulation).
@@ -155,12 +172,27 @@ class TrainStep:
             self.accelerator.backward(nll * self.accelerator.num_processes)
             return nll.detach()
 
+        scale = 1.0
+        if self.noise_every and self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.get_scale()
+        noise = self._halves(batches[0], update, scale) if self.noise_every and update % self.noise_every == 0 else None
+        if self._loop.norms is not None:
+            self._loop.norms.begin(update)
         loss = self._loop.run(self.model, batches, run_pass, loss_of, update=update, try_first=try_first)
         grad_norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss = self.accelerator.reduce(loss, "sum")
-        return UpdateResult(loss, grad_norm, num_targets, num_samples, self.plan.copies_per_pass)
+        within, between = noise or (None, None)
+        if self._loop.norms is not None:
+            factor = self.count_fn(batches[0]) * self.accelerator.num_processes / denominator
+            by_pass = self._loop.norms.within(count_samples(batches[0]) or 0, factor * scale)
+            within = within if by_pass is None else by_pass
+        measured = [x for x in (within, between) if x is not None]
+        loss, *means = self.accelerator.reduce(torch.stack([loss, *(x.to(loss) for x in measured)]), "sum").unbind()
+        within, between = (
+            None if x is None else means.pop(0) / self.accelerator.num_processes for x in (within, between)
+        )
+        return UpdateResult(loss, grad_norm, num_targets, num_samples, self.plan.copies_per_pass, within, between)
 
     def state_dict(self) -> dict[str, Any]:
         """The copies in a pass that "auto" has come to, so that a resumed run goes on with them."""
@@ -187,6 +219,26 @@ class TrainStep:
         num_targets, num_samples, ranks_to_try = self.accelerator.reduce(local, "sum").unbind()
         may_try = self.plan.may_shrink and self.accelerator.num_processes > 1  # else nothing waits for the device
         return num_targets.clamp(min=1), num_targets, num_samples, may_try and bool(ranks_to_try)
+
+    def _halves(self, batch: Any, update: int, scale: float) -> tuple[Tensor, Tensor]:
+        """s_w^2 and s_b^2 of a batch."""
+        copies, model = self.group.copies, self.accelerator.unwrap_model(self.model)
+        pair = copies[:2] if len(copies) > 1 else (copies[0], (copies[0] + 1) % max(2, self.group.num_copies))
+
+        def loss_of(copy: int, rows: Tensor) -> Tensor:
+            half = pick_rows(self.take_copies(batch, (copy,)), rows)
+            count = torch.as_tensor(self.count_fn(half)).clamp(min=1)
+            return self.loss_fn(model, half) * scale / count
+
+        return noise_of_halves(
+            model,
+            loss_of,
+            count_samples(batch) or 0,
+            copies=(pair[0], pair[1]),
+            states_of=[copy if copy in copies else copies[0] for copy in pair],
+            seed=(self.copy_seed or 0, update, self.accelerator.process_index),
+            scale=scale,
+        )
 
     def _clip(self) -> Tensor:
         """The gradient's L2 norm before clipping, unscaled once and for all copies (fp16)."""

@@ -45,6 +45,7 @@ def test_every_option_is_one_of_the_scripts():
         "eval_vision.py",
         "finetune.py",
         "audit_masks.py",
+        "measure_gradients.py",
         "plan_cluster.py",
         "experiment.py",
         "report.py",

@@ -19,6 +19,7 @@ from tasks.vision import config as vision
 EVERY_SCRIPT = {
     "resume", "output_dir", "report_to", "num_workers", "num_threads", "max_updates", "keep_checkpoints",
     "allow_identical_copies", "ranks_per_group", "group_broadcast", "rank_timeout", "log_every", "save_every",
+    "noise_every",
 }  # fmt: skip
 SCRIPTS: dict[str, Any] = {
     "translation": (

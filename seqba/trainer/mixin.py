@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from seqba.analysis.live import PassNorms, noise_of_halves, pick_rows
 from seqba.arguments import BatchAugmentationArguments as BatchAugmentationArguments
 from seqba.arguments import choose_arguments
 from seqba.groups import CopyGroup
@@ -60,6 +61,7 @@ class _Run:
     has_audited: bool = False
     items: UpdateItems | None = None
     updates: int = 0
+    noises: dict[str, list[Tensor]] = field(default_factory=dict)  # since the last line of the log
 
     @property
     def looks_at_rows(self) -> bool:
@@ -85,7 +87,10 @@ class BatchAugmentationMixin(_TrainerBase):
         allow_identical_copies: train even where nothing random makes the copies of a sample differ.
         ranks_per_group: R, by default 1; so many consecutive ranks meet the same batches, and each computes M / R of
             their copies (Hoffer et al. 2020, section 4.5).
-        ba_args: all five in one object, instead of them.
+        noise_every: log `noise_between`, the gradient's noise between samples, as measured in every such update, and
+            `noise_within`, that of T, also in every fourth where copies run in several passes
+            (`seqba.analysis`); of the first rank's first batch. 0, the default, measures nothing.
+        ba_args: all six in one object, instead of them.
         transform: T on the images of training batches, on the device: a `seqba.transforms.BatchTransform`, which
             `EachImage` makes of a transform of torchvision's. Each copy of an image has its own draws, a function of
             (seed, update, shard, sample, copy): neither plans nor a resume change them. None by default.
@@ -107,6 +112,7 @@ class BatchAugmentationMixin(_TrainerBase):
         reproducible_copies: bool | None = None,
         allow_identical_copies: bool | None = None,
         ranks_per_group: int | None = None,
+        noise_every: int | None = None,
         ba_args: BatchAugmentationArguments | None = None,
         transform: Callable[..., Tensor] | None = None,
         **kwargs: Any,
@@ -118,6 +124,7 @@ class BatchAugmentationMixin(_TrainerBase):
             reproducible_copies=reproducible_copies,
             allow_identical_copies=allow_identical_copies,
             ranks_per_group=ranks_per_group,
+            noise_every=noise_every,
         )
         super().__init__(*args, **kwargs)
         refuse_unsupported(self, arguments)
@@ -174,6 +181,8 @@ class BatchAugmentationMixin(_TrainerBase):
             with self._ba_weighted_loss(batch, len(one.copies)), self.compute_loss_context_manager():
                 return self.compute_loss(model, rows, num_items_in_batch=self._ba_num_items(num_items_in_batch))
 
+        if batch == 0 and self.ba_args.noise_every:
+            self._ba_watch(model, inputs, update)
         options = {"update": update, "first": batch, "of": of, "try_first": items.try_first}
         try:
             loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
@@ -184,6 +193,8 @@ class BatchAugmentationMixin(_TrainerBase):
             run.asked = run.loop.plan = CopyPlan(run.asked.copies, 1)
             run.loop.measures = False
             loss = run.loop.run(model, [inputs], run_pass, loss_of, **options)
+        if batch == 0 and run.loop.norms is not None:
+            self._ba_note(noise_within=run.loop.norms.within(int(items.batches[0][SAMPLES]), self._ba_factor(items)))
         if items.done == of:
             self._ba_finish(items)
         return loss
@@ -193,6 +204,8 @@ class BatchAugmentationMixin(_TrainerBase):
         if "learning_rate" in logs or "train_runtime" in logs:
             seconds = logs.get("train_runtime") if self.ba_args.ba_m > 1 else None
             logs.update(self.counters.logs(seconds))
+            noises, self._ba_run.noises = self._ba_run.noises, {}
+            logs.update({name: float(torch.stack(values).nanmean()) for name, values in noises.items()})
         super().log(logs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -300,6 +313,49 @@ class BatchAugmentationMixin(_TrainerBase):
         self.counters.add(items.met[SAMPLES], items.met[self._ba_target], self.ba_args.ba_m)
         self.counters.copies_per_pass = self._ba_run.loop.plan.copies_per_pass
 
+    def _ba_watch(self, model: nn.Module, inputs: Any, update: int) -> None:
+        """Look at the gradients of the coming passes, and where it is due at those of two halves of their batch."""
+        run, bare = self._ba_run, self.accelerator.unwrap_model(model)
+        if run.loop.norms is None:
+            run.loop.norms = PassNorms(model)
+        run.loop.norms.begin(update)
+        count = len(next(iter(inputs.values())))
+        if update % self.ba_args.noise_every or run.packed or count < 2:
+            return
+        copies, scale, put_back = run.loop.group.copies, self._ba_scale, snapshot(self)
+        pair = copies[:2] if len(copies) > 1 else (copies[0], copies[0] + 1)
+
+        def loss_of(copy: int, numbers: Tensor) -> Tensor:
+            rows = pick_rows(self._ba_copies(inputs, (copy,), (self.args.seed, update, 0)), numbers)
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(bare, rows, num_items_in_batch=None)
+            return loss * scale
+
+        seed = (self.args.seed, update, self.accelerator.process_index)
+        within, between = noise_of_halves(bare, loss_of, count, copies=(pair[0], pair[1]), seed=seed, scale=scale)
+        put_back()
+        by_pass = run.loop.norms.is_on and len(run.loop.plan.passes) > 1
+        self._ba_note(noise_between=between, noise_within=None if by_pass else within)
+
+    def _ba_note(self, **noises: Tensor | None) -> None:
+        for name, value in noises.items():
+            if value is not None:
+                self._ba_run.noises.setdefault(name, []).append(value.detach())
+
+    def _ba_factor(self, items: UpdateItems) -> Tensor | float:
+        """What the first batch's mean loss under one copy was multiplied by."""
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if self._ba_as_plain:
+            return self._ba_scale / len(self._ba_run.loop.plan.copies) / len(items.batches)
+        targets, everywhere = items.batches[0][self._ba_target], items.all[self._ba_target]
+        return self._ba_scale * ranks * targets / (self.ba_args.ba_m * everywhere)
+
+    @property
+    def _ba_scale(self) -> float:
+        """Of losses, under fp16."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
     @property
     def _ba_target(self) -> int:
         """What the loss counts as a target; labels, until a batch that has some has told, and where none did."""
@@ -400,6 +456,7 @@ def augment(
     reproducible_copies: bool | None = None,
     allow_identical_copies: bool | None = None,
     ranks_per_group: int | None = None,
+    noise_every: int | None = None,
     ba_args: BatchAugmentationArguments | None = None,
     transform: Callable[..., Tensor] | None = None,
 ) -> Trainer:
@@ -407,7 +464,8 @@ def augment(
 
     Args:
         trainer: not yet training.
-        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ranks_per_group, ba_args, transform: as of
+        ba_m, copies_per_pass, reproducible_copies, allow_identical_copies, ranks_per_group, noise_every, ba_args,
+            transform: as of
             `BatchAugmentationMixin`.
 
     Returns:
@@ -426,6 +484,7 @@ def augment(
         reproducible_copies=reproducible_copies,
         allow_identical_copies=allow_identical_copies,
         ranks_per_group=ranks_per_group,
+        noise_every=noise_every,
     )
     refuse_unsupported(trainer, arguments)
     plain = type(trainer)

@@ -104,6 +104,7 @@ def training(options: LanguageModelOptions) -> Iterator[tuple[UpdateResult, Batc
         reduce_every_pass=options.run.reduce_every_pass or None,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
+        noise_every=copies.noise_every,
         carried=[carried],
     )
     _describe(options, accelerator, corpus, stream)

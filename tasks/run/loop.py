@@ -30,7 +30,7 @@ from tasks.run.folder import RunFolder
 from tasks.run.guards import NonFiniteError, has_finite_weights, on_any_rank, stop_signals
 from tasks.run.log import draw_curve, read_metrics
 from tasks.run.options import RunOptions
-from tasks.run.progress import Figures, Progress
+from tasks.run.progress import NOISES, Figures, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Run:
         self.group, self.figures = group, figures
         self.progress = Progress()
         self.interrupted = False
+        self.measures_noise = bool(config.get("noise_every"))
         self._pending: UpdateResult | None = None  # of the newest update; reading its tensors waits for the device
         self._bar: tqdm | None = None
         self._saved_update: int | None = None
@@ -251,7 +252,7 @@ class Run:
         self._read_pending()
         self._tick()
         progress = self.progress
-        row = progress.close_window(self.figures, columns)
+        row = progress.close_window(self.figures, {**columns, **progress.noises(self.measures_noise)})
         for name, value in (validation or {}).items():
             if not math.isfinite(value):
                 raise self._non_finite(f"the validation's {name} after update {progress.update} is {value}")
@@ -309,6 +310,8 @@ class Run:
         self.progress.count(
             loss, norm, samples, targets, num_copies=self.group.num_copies, max_norm=self.options.max_norm
         )
+        for name in NOISES if self.measures_noise else ():
+            self.progress.note(name, getattr(result, name))
         self._show(loss)
 
     def _non_finite(self, what: str) -> NonFiniteError:

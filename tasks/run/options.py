@@ -52,7 +52,7 @@ class RunOptions:
 # What a resumed run may change: nothing that reaches the weights.
 MAY_DIFFER = (
     "resume", "output_dir", "report_to", "num_workers", "num_threads", "rank_timeout", "max_updates", "log_every",
-    "save_every", "keep_checkpoints", "allow_identical_copies", "ranks_per_group", "group_broadcast",
+    "save_every", "keep_checkpoints", "allow_identical_copies", "ranks_per_group", "group_broadcast", "noise_every",
 )  # fmt: skip
 
 ConfigT = TypeVar("ConfigT")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -29,6 +29,9 @@ class Figures:
         return best is None or (value > best if self.higher_is_better else value < best)
 
 
+NOISES = ("noise_within", "noise_between")  # of an update's result
+
+
 @dataclass
 class Progress:
     """The counters of a run.
@@ -49,6 +52,7 @@ class Progress:
     window_loss: float = 0.0
     window_norm: float = 0.0
     window_clipped: int = 0
+    window_noise: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NOISES})
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""
@@ -57,7 +61,8 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on from `state`."""
         for counter in fields(self):
-            setattr(self, counter.name, state[counter.name])
+            if counter.name in state:  # a checkpoint of before it was counted lacks it
+                setattr(self, counter.name, state[counter.name])
 
     def count(
         self, loss: float, norm: float, samples: int, targets: int, *, num_copies: int, max_norm: float | None
@@ -74,6 +79,15 @@ class Progress:
         if math.isfinite(norm):
             self.window_norm += norm
             self.window_clipped += int(max_norm is not None and norm > max_norm)
+
+    def note(self, name: str, value: Any) -> None:
+        """Add a noise of an update where it was measured: a number, 0-dim, or None."""
+        if value is not None and math.isfinite(number := float(value)):
+            self.window_noise[name].append(number)
+
+    def noises(self, measured: bool) -> dict[str, float | None]:
+        """The window's mean of each noise, None where it has none; nothing where noises are not `measured`."""
+        return {name: math.fsum(x) / len(x) if x else None for name, x in self.window_noise.items() if measured}
 
     def counts(self, figures: Figures) -> dict[str, int]:
         """The numbers of samples, instances and targets, by the names of `metrics.jsonl` and `results.json`."""
@@ -97,4 +111,5 @@ class Progress:
         }
         self.window_updates = self.window_clipped = 0
         self.window_loss = self.window_norm = 0.0
+        self.window_noise = {name: [] for name in NOISES}
         return row

@@ -91,6 +91,7 @@ def training(options: TranslationOptions) -> Iterator[tuple[UpdateResult, BatchS
         reduce_every_pass=options.run.reduce_every_pass or None,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
+        noise_every=copies.noise_every,
     )
     _describe(options, accelerator, corpus, stream, model)
     run.start_trackers("translation")

@@ -85,6 +85,11 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         held.refuse_damaged(split, options.run.num_workers)
     views = Views.of(config, images)
     pipeline = make_pipeline(options, accelerator, images, views, group.copies)
+    if copies.noise_every and isinstance(pipeline, WorkerPipeline) and len(group.copies) < 2:
+        raise UserError(
+            f"--noise-every {copies.noise_every} needs two copies on each rank where T runs in the loader: give --ba-m "
+            "of at least 2 a rank, or --pipeline device"
+        )
     stream = make_stream(options, accelerator, pipeline, group)
     epoch = len(stream.sampler) // options.run.accumulation  # updates
     if config.epochs is not None:
@@ -122,6 +127,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         reduce_every_pass=options.run.reduce_every_pass or None,
         max_norm=options.run.max_norm,
         copy_seed=options.run.seed if copies.reproducible_copies else None,
+        noise_every=copies.noise_every,
         take_copies=pipeline.take_copies,
     )
     rate = learning_rate(config, epoch, copies.ba_m)
