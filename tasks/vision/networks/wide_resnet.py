@@ -41,8 +41,8 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise ValueError(
-                f"depth and width must be 6n + 4 with n of at least 1 (10, 16, 22, 28, ...) and at least 1, got {depth} "
-                f"and {width}"
+                "depth and width must be 6n + 4 with n of at least 1 (10, 16, 22, 28, ...) and at least 1, got "
+                f"{depth} and {width}"
             )
         blocks: list[nn.Module] = []
         in_channels = 16
