@@ -1,8 +1,8 @@
 """Networks of searched cells for 32x32 images, as DARTS trains them (Liu et al. 2019, "DARTS", §3 and appendix A).
 
-A cell has two inputs, the outputs of the two cells before it, and nodes; a node adds up two operations, each on an input
-or an earlier node. A `Genotype` says which. The cells at one and two thirds of the depth halve the image and double the
-channels.
+A cell has two inputs, the outputs of the two cells before it, and nodes; a node adds up two operations, each on an
+input or an earlier node. A `Genotype` says which. The cells at one and two thirds of the depth halve the image and
+double the channels.
 """
 
 from __future__ import annotations
