@@ -22,6 +22,9 @@ def count(model):
         ("resnet44", 10, 0.66),
         ("resnet110", 10, 1.73),
         ("vgg16-cifar", 10, 33.65),
+        ("wrn28-10", 10, 36.48),
+        ("densenet100-12", 10, 6.98),
+        ("densenet-bc100-12", 10, 0.77),
         ("mobilenet-v1", 1_000, 4.23),
         ("torchvision/alexnet", 1_000, 61.10),
         ("torchvision/resnet50", 1_000, 25.56),
@@ -33,8 +36,27 @@ def test_networks_have_the_published_numbers_of_parameters(name, classes, millio
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters", "of_the_head"),
+    [("darts", 3_349_342, 476_426), ("amoebanet", 37_490_058, 599_306), ("amoebanet-36", 3_145_078, 457_994)],
+)
+def test_networks_of_cells_have_the_published_numbers_of_parameters(name, parameters, of_the_head):
+    model = build_model(name, 10)
+    assert count(model.auxiliary) == of_the_head
+    assert count(model) - of_the_head == parameters
+
+
+@pytest.mark.parametrize(
     ("name", "size"),
-    [("resnet8", 32), ("resnet14", 24), ("vgg16-cifar", 32), ("mobilenet-v1", 64), ("torchvision/resnet18", 64)],
+    [
+        ("resnet8", 32),
+        ("resnet14", 24),
+        ("vgg16-cifar", 32),
+        ("wrn10-2", 32),
+        ("densenet16-4", 32),
+        ("densenet-bc16-4", 32),
+        ("mobilenet-v1", 64),
+        ("torchvision/resnet18", 64),
+    ],
 )
 def test_networks_give_a_logit_a_class_and_train_every_parameter(name, size):
     model = build_model(name, 7)
@@ -91,6 +113,8 @@ def test_biases_and_normalisation_are_a_group_without_weight_decay_unless_asked(
     ("name", "message"),
     [
         ("resnet45", r"the depth must be 6n \+ 2 .* got 45; torchvision/resnet45 is for large images"),
+        ("wrn27-10", r"depth and width must be 6n \+ 4 .* got 27 and 10"),
+        ("densenet-bc99-12", r"depth and growth must be 6n \+ 4 .* got 99 and 12"),
         ("resnet", "there is no network 'resnet'; known are resnet44, vgg16-cifar"),
         ("torchvision/resnet51", "there is no network 'torchvision/resnet51'; near are resnet"),
         ("timm/resnet19", "there is no network 'timm/resnet19'; near are resnet"),

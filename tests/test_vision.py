@@ -30,6 +30,9 @@ from tasks.vision.config import VisionConfig, parse_config, run_folder
 from tasks.vision.data import folders, load_images, sources
 from tasks.vision.evaluate import evaluate
 from tasks.vision.loss import VisionLoss
+from tasks.vision.model_folder import Classifier, save_classifier
+from tasks.vision.networks import build_model
+from tasks.vision.networks.amoebanet import amoebanet
 from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
@@ -430,6 +433,22 @@ def test_the_loss_of_mixed_images_is_mixed_by_the_same_shares():
     torch.testing.assert_close(VisionLoss(model, 0.1).train()(batch)[0].double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_an_auxiliary_classifier_is_part_of_the_training_loss_alone_and_of_the_folder(tmp_path):
+    model = amoebanet(10, width=4, num_cells=3)
+    batch = {"images": torch.randn(6, 3, 32, 32), "labels": torch.arange(6)}
+    logits, auxiliary = model.train()(batch["images"])
+    own, other = (F.cross_entropy(x, batch["labels"], reduction="sum") for x in (logits, auxiliary))
+    torch.testing.assert_close(VisionLoss(model).train()(batch)[0], own + 0.4 * other)
+    want = F.cross_entropy(model.eval()(batch["images"]), batch["labels"], reduction="sum")
+    torch.testing.assert_close(VisionLoss(model).eval()(batch)[0], want)
+    darts = build_model("darts", 10)
+    views = Views((0.5,) * 3, (0.5,) * 3, 32, None)
+    save_classifier(tmp_path, Classifier("darts", darts, list("abcdefghij"), views), made_by={}, scores=[])
+    loaded = load_classifier(str(tmp_path)).model
+    for name, weight in darts.auxiliary.state_dict().items():
+        assert torch.equal(loaded.auxiliary.state_dict()[name], weight), name
+
+
 # ---- evaluation
 
 
@@ -534,6 +553,10 @@ def test_weight_decay_ends_where_the_preset_says(tmp_path, monkeypatch):
         ("resnet44-cifar10", 40, "resnet44"),
         ("vgg16-cifar10", 32, "vgg16-cifar"),
         ("resnet44-cifar100", 40, "resnet44"),
+        ("wrn28-10-cifar10", 6, "wrn28-10"),
+        ("wrn28-10-cifar100", 10, "wrn28-10"),
+        ("densenet100-12-cifar100", 4, "densenet100-12"),
+        ("resnet44-cifar10-mixup", 10, "resnet44"),
         ("alexnet-imagenet", 8, "torchvision/alexnet"),
         ("mobilenet-imagenet", 4, "mobilenet-v1"),
         ("resnet50-imagenet", 4, "torchvision/resnet50"),

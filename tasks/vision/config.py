@@ -51,7 +51,10 @@ class VisionConfig:
     )
 
     network: str = option(
-        "resnet8", "resnet8 (any 6n+2), vgg16-cifar, mobilenet-v1, torchvision/NAME or timm/NAME", group="network"
+        "resnet8",
+        "resnet8 (any 6n+2), vgg16-cifar, wrn28-10, densenet100-12, densenet-bc100-12, darts, amoebanet, mobilenet-v1, "
+        "torchvision/NAME or timm/NAME",
+        group="network",
     )
     ghost_batch_size: int | None = option(
         None,

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from tasks.vision.pipelines import Batch
 
 
+_AUXILIARY_WEIGHT = 0.4  # of an auxiliary classifier's loss (Liu et al. 2019, "DARTS", appendix A)
+
+
 class VisionLoss(nn.Module):
     """A classifier with its loss inside, so that one forward call (and DDP's hooks) hold both.
 
     Args:
-        model: images (rows, C, H, W) -> logits (rows, classes).
+        model: images (rows, C, H, W) -> logits (rows, classes); in training mode it may give two, the second of an
+            auxiliary classifier, whose loss is added with weight 0.4.
         label_smoothing: probability spread over all classes, in training mode only.
     """
 
@@ -28,17 +32,25 @@ class VisionLoss(nn.Module):
             batch: `images`, `labels` (rows,), and under mixup `partner_labels` (rows,) and `proportions` (rows,): a
                 row's share of its own label.
         """
-        logits = self.model(batch["images"]).float()
+        logits, auxiliary = self.model(batch["images"]), None
+        if isinstance(logits, tuple):
+            logits, auxiliary = logits
+        nats = self._nats(logits, batch)
+        if auxiliary is not None:
+            nats = nats + _AUXILIARY_WEIGHT * self._nats(auxiliary, batch)
+        return nats, (logits.argmax(1) == batch["labels"]).sum()
+
+    def _nats(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Summed nats of logits (rows, classes)."""
+        logits, labels = logits.float(), batch["labels"]
         smoothing = self.label_smoothing if self.training else 0.0
-        labels = batch["labels"]
-        correct = (logits.argmax(1) == labels).sum()
         if "proportions" not in batch:
-            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), correct
+            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         own, other = (
             F.cross_entropy(logits, which, reduction="none", label_smoothing=smoothing)
             for which in (labels, batch["partner_labels"])
         )
-        return torch.lerp(other, own, batch["proportions"]).sum(), correct
+        return torch.lerp(other, own, batch["proportions"]).sum()
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -19,6 +19,11 @@ _VGG16 = _CIFAR | {
     "network": "vgg16-cifar", "ba_m": 32, "batch_size": 128, "epochs": 200.0, "learning_rate": 0.1,
     "weight_decay": 5e-4, "decay_bias_and_norm": True, "lr_drops": [60.0, 120.0, 160.0], "lr_factors": [0.2],
 }  # fmt: skip
+_WRN = _VGG16 | {"network": "wrn28-10"}
+_DENSENET = _CIFAR | {
+    "network": "densenet100-12", "ba_m": 4, "batch_size": 64, "epochs": 300.0, "learning_rate": 0.1,
+    "weight_decay": 1e-4, "decay_bias_and_norm": True, "lr_drops": [150.0, 225.0], "lr_factors": [0.1],
+}  # fmt: skip
 _IMAGENET: dict[str, Any] = {
     "max_updates": 10_000_000, "eval_every": 5_000, "save_every": 5_000,
     "image_size": 224, "crop_padding": 0, "random_resized_crop": True, "flip": True, "cutout": False, "ba_m": 4,
@@ -37,6 +42,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "vgg16-cifar10": _VGG16,
     "vgg16-cifar100": _VGG16,
+    "wrn28-10-cifar10": _WRN | {"ba_m": 6},
+    "wrn28-10-cifar100": _WRN | {"ba_m": 10},
+    "densenet100-12-cifar100": _DENSENET,
+    # Table 3
+    "resnet44-cifar10-mixup": _RESNET44 | {"ba_m": 10, "epochs": 200.0, "mixup_alpha": 0.2},
+    "wrn28-10-cifar10-mixup": _WRN | {"ba_m": 10, "mixup_alpha": 0.2},
+    "wrn28-10-cifar100-mixup": _WRN | {"ba_m": 10, "mixup_alpha": 0.2},
+    "resnet50-imagenet-mixup": _RESNET50 | {"mixup_alpha": 0.2},
     "alexnet-imagenet": _IMAGENET | {
         "network": "torchvision/alexnet", "ba_m": 8, "epochs": 30.0, "learning_rate": 0.01, "weight_decay": 5e-4,
         "weight_decay_epochs": 15.0, "lr_drops": [10.0, 15.0, 20.0, 25.0], "lr_factors": [0.5, 0.2, 0.5, 0.2],
@@ -53,4 +66,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # The folder below $SEQBA_DATA that is taken where --data is not given.
-DATA = {"resnet44-cifar10": "cifar10", "resnet44-cifar10-23-epochs": "cifar10", "vgg16-cifar10": "cifar10"}
+DATA = {
+    "resnet44-cifar10": "cifar10",
+    "resnet44-cifar10-23-epochs": "cifar10",
+    "vgg16-cifar10": "cifar10",
+    "wrn28-10-cifar10": "cifar10",
+    "resnet44-cifar10-mixup": "cifar10",
+    "wrn28-10-cifar10-mixup": "cifar10",
+}

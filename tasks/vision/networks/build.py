@@ -10,20 +10,28 @@ import torchvision
 from torch import nn
 
 from tasks.cli.errors import UserError
+from tasks.vision.networks.amoebanet import amoebanet
+from tasks.vision.networks.darts import darts
+from tasks.vision.networks.densenet_cifar import DenseNetCifar
 from tasks.vision.networks.mobilenet import MobileNetV1
 from tasks.vision.networks.resnet_cifar import ResNetCifar
 from tasks.vision.networks.vgg_cifar import vgg16_cifar
+from tasks.vision.networks.wide_resnet import WideResNet
 
 _WITH_AUXILIARIES = ("googlenet", "inception_v3")  # of torchvision: classifiers beside the last one
-_OWN = ("resnet44", "vgg16-cifar", "mobilenet-v1")
+_OWN = (
+    "resnet44", "vgg16-cifar", "wrn28-10", "densenet100-12", "densenet-bc100-12", "darts", "amoebanet", "mobilenet-v1"
+)  # fmt: skip
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
     """Make a network with new weights: images (N, 3, H, W) -> logits (N, num_classes).
 
     Args:
-        name: `resnetD` for 32x32 images with D = 6n + 2 layers (`resnet44`), `vgg16-cifar`, `mobilenet-v1`,
-            `torchvision/NAME` or `timm/NAME`.
+        name: for 32x32 images `resnetD` with D = 6n + 2 layers (`resnet44`), `vgg16-cifar`, `wrnD-K` of D = 6n + 4
+            layers (`wrn28-10`), `densenetL-K` and `densenet-bcL-K` (`densenet100-12`), `darts`, `amoebanet` of width
+            128 or `amoebanet-W`; `mobilenet-v1`, `torchvision/NAME` or `timm/NAME`. `darts` and `amoebanet` give an
+            auxiliary head's logits too in training mode.
         num_classes: at least 2.
 
     Raises:
@@ -44,11 +52,20 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         except ImportError:
             raise UserError(f"{name} needs timm: python -m pip install timm") from None
         return _make(timm.create_model, name, member, timm.list_models(), num_classes)
-    if match := re.fullmatch(r"resnet(\d+)", name):
-        try:
+    try:
+        if match := re.fullmatch(r"resnet(\d+)", name):
             return ResNetCifar(int(match[1]), num_classes)
-        except ValueError as error:
-            raise UserError(f"--network {name}: {error}; torchvision/{name} is for large images") from None
+        if match := re.fullmatch(r"wrn(\d+)-(\d+)", name):
+            return WideResNet(int(match[1]), int(match[2]), num_classes)
+        if match := re.fullmatch(r"densenet(-bc)?(\d+)-(\d+)", name):
+            return DenseNetCifar(int(match[2]), int(match[3]), num_classes, bottleneck=match[1] is not None)
+    except ValueError as error:
+        elsewhere = f"; torchvision/{name} is for large images" if name.startswith("resnet") else ""
+        raise UserError(f"--network {name}: {error}{elsewhere}") from None
+    if name == "darts":
+        return darts(num_classes)
+    if match := re.fullmatch(r"amoebanet(?:-([1-9]\d*))?", name):
+        return amoebanet(num_classes, int(match[1] or 128))
     if name == "vgg16-cifar":
         return vgg16_cifar(num_classes)
     if name == "mobilenet-v1":
