@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tasks.vision.pipelines import Batch
 
-
 _AUXILIARY_WEIGHT = 0.4  # of an auxiliary classifier's loss (Liu et al. 2019, "DARTS", appendix A)
 
 
