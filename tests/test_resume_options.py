@@ -29,7 +29,11 @@ SCRIPTS: dict[str, Any] = {
          "length_penalty", "bleu_tokenize"},
     ),
     "language modelling": (language.parse_config([]), language.MAY_DIFFER_HERE, {"data", "valid_batch_size"}),
-    "vision": (vision.parse_config([]), vision.MAY_DIFFER_HERE, {"data", "eval_batch_size", "on_corrupt"}),
+    "vision": (
+        vision.parse_config([]),
+        vision.may_differ(vision.parse_config([]).config),
+        {"data", "eval_batch_size", "on_corrupt"},
+    ),
 }  # fmt: skip
 
 

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.ops import StochasticDepth
 
 from distributed import run_ranks
 from seqba import BatchAugmentationArguments, unfold
+from seqba.audit import audit_masks
 from tasks.cli.errors import DataError, UserError
 from tasks.cli.machine import MachineOptions
 from tasks.run.log import read_metrics
@@ -26,13 +28,14 @@ from tasks.run.stream import SampleKey
 from tasks.vision import load_classifier
 from tasks.vision import train as vision
 from tasks.vision.augment import Views
-from tasks.vision.config import VisionConfig, parse_config, run_folder
+from tasks.vision.config import VisionConfig, may_differ, parse_config, run_folder
 from tasks.vision.data import folders, load_images, sources
 from tasks.vision.evaluate import evaluate
 from tasks.vision.loss import VisionLoss
 from tasks.vision.model_folder import Classifier, save_classifier
 from tasks.vision.networks import build_model
 from tasks.vision.networks.amoebanet import amoebanet
+from tasks.vision.networks.cells import set_drop_path
 from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
@@ -449,6 +452,60 @@ def test_an_auxiliary_classifier_is_part_of_the_training_loss_alone_and_of_the_f
         assert torch.equal(loaded.auxiliary.state_dict()[name], weight), name
 
 
+def test_drop_path_grows_to_its_end_and_keeps_the_mean_and_parts_the_images(tmp_path, monkeypatch):
+    seen, real = [], vision.set_drop_path
+    monkeypatch.setattr(vision, "set_drop_path", lambda model, p: (seen.append(p), real(model, p)))
+    options = TINY.changed(max_updates=4, epochs=None, drop_path=0.4, lr_decay="cosine", output_dir=str(tmp_path))
+    monkeypatch.setattr(vision, "build_model", lambda name, classes: amoebanet(classes, width=4, num_cells=3))
+    vision.train(options)
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    rates = [row["lr"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    drop = StochasticDepth(0.4, "row")
+    dropped = drop.train()(torch.ones(20_000, 2))
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    model = amoebanet(10, width=4, num_cells=3).train()
+    assert not any(module.p for module in model.modules() if isinstance(module, StochasticDepth))
+    set_drop_path(model, 0.4)
+    audit = audit_masks(model, {"images": torch.randn(4, 3, 32, 32)}, forward=lambda net, rows: net(rows["images"])[0])
+    assert audit.copies_differ
+
+
+def test_a_schedule_to_the_end_holds_the_end_of_a_resumed_run():
+    for options, may in (
+        ([], True),
+        (["--lr-decay", "cosine"], False),
+        (["--lr-decay", "cosine", "--epochs", "2"], True),
+    ):
+        config = parse_config(options).config
+        assert ("max_updates" in may_differ(config)) == may
+    rate = vision.learning_rate(parse_config(["--lr-decay", "cosine"]).config, 100, 4, 500)
+    assert rate(1) == pytest.approx(0.1, rel=1e-4)
+    assert rate(250) == pytest.approx(0.05)
+
+
+def test_drop_path_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"--drop-path 0.2: resnet20 has none"):
+        vision.build(TINY.config.__class__(network="resnet20", drop_path=0.2), 10, 0)
+    with pytest.raises(UserError, match="from 0 to below 1, got 1"):
+        parse_config(["--drop-path", "1"])
+
+
+def test_list_presets_shows_every_row_of_table_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--list-presets"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    table_2 = [line for line in lines if not line.split()[0].endswith("-mixup") and "." in line.split()[-1]]
+    assert len(table_2) == 12
+    assert next(line for line in lines if line.startswith("amoebanet-cifar10 ")).split()[-3:] == [
+        "98.16",
+        "98.10",
+        "98.24",
+    ]
+
+
 # ---- evaluation
 
 
@@ -521,7 +578,7 @@ def test_two_ranks_do_the_run_of_one_rank_that_accumulates_two_batches(tmp_path)
 def test_the_regimes_of_presets_are_the_published_ones():
     def rates(preset, epochs, data="x"):
         config = parse_config(["--preset", preset, "--data", data]).config
-        rate = vision.learning_rate(config, 100, 4)
+        rate = vision.learning_rate(config, 100, 4, 500)
         return [rate(round(epoch * 100) + 1) for epoch in epochs]
 
     assert rates("resnet44-cifar10", [0, 80.99, 81, 99.99]) == pytest.approx([0.1, 0.1, 0.01, 0.01])
@@ -531,7 +588,7 @@ def test_the_regimes_of_presets_are_the_published_ones():
     large = rates("resnet50-imagenet-large-batch", [0, 2.49, 5, 30])
     assert large == pytest.approx([3.2 / 500, 3.2 / 2, 3.2, 0.32])
     scaled = dataclasses.replace(TINY.config, learning_rate=0.1, lr_power=0.5)
-    assert vision.learning_rate(scaled, 10, 9)(1) == pytest.approx(0.3)
+    assert vision.learning_rate(scaled, 10, 9, 500)(1) == pytest.approx(0.3)
 
 
 def test_weight_decay_ends_where_the_preset_says(tmp_path, monkeypatch):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from tasks.cli.errors import UserError
 from tasks.cli.options import check_choices, check_least, check_not_blank, flag, option
 from tasks.run.options import MAY_DIFFER, TrainingOptions, training_parser
-from tasks.vision.presets import DATA, PRESETS
+from tasks.vision.presets import DATA, PRESETS, presets_table
 
 AutoAugment = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
 Pipeline = Literal["auto", "device", "workers"]
@@ -87,13 +88,23 @@ class VisionConfig:
     epochs: float | None = option(None, "stop after so many epochs, or after --max-updates, whichever comes first")
     learning_rate: float = option(0.1, "peak of the learning rate; it does not depend on M")
     lr_power: float = option(0.0, "multiply the rate by M to this power")
-    lr_drops: list[float] = option([12.0, 17.0], "epochs after which the rate drops")
+    lr_decay: str = option(
+        "steps",
+        "how the rate falls: steps, at --lr-drops; cosine, to 0 at the end of --epochs (of --max-updates without it)",
+        choices=("steps", "cosine"),
+    )
+    lr_drops: list[float] = option([12.0, 17.0], "epochs after which the rate drops, with --lr-decay steps")
     lr_factors: list[float] = option([0.1], "factor of the rate at each of --lr-drops: one for all, or one for each")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "L2 penalty of SGD")
     weight_decay_epochs: float | None = option(None, "no L2 penalty after so many epochs")
     decay_bias_and_norm: bool = option(False, "L2 penalty on biases and normalisation too")
+    drop_path: float = option(
+        0.0,
+        "of darts and amoebanet: zero the outputs of operations, each image's by itself, with a probability that grows "
+        "from 0 to this one at the end of --epochs (of --max-updates without it)",
+    )
     label_smoothing: float = option(0.0, "probability spread over all classes")
     eval_batch_size: int = option(256, "images of a batch in validation and test")
     channels_last: bool = option(False, "channels-last memory format")
@@ -106,6 +117,10 @@ class VisionConfig:
                 raise UserError(f"{flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"--label-smoothing is a probability, from 0 to below 1, got {self.label_smoothing}")
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"--drop-path is a probability, from 0 to below 1, got {self.drop_path}")
+        if self.drop_path and self.compile:
+            raise UserError("--drop-path changes in every update, and --compile would compile each anew; drop one")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs must be above 0 and finite, got {self.epochs}")
         check_choices(self)
@@ -154,8 +169,14 @@ class VisionConfig:
 
 VisionOptions: TypeAlias = TrainingOptions[VisionConfig]
 
-# the images are compared, by content or by their files
-MAY_DIFFER_HERE = (*MAY_DIFFER, "data", "eval_batch_size", "on_corrupt")
+
+def may_differ(config: VisionConfig) -> tuple[str, ...]:
+    """The options that a resumed run may change: nothing that reaches the weights. (Images are compared.)"""
+    names = (*MAY_DIFFER, "data", "eval_batch_size", "on_corrupt")
+    moves_to_the_end = config.lr_decay == "cosine" or config.drop_path > 0
+    if not moves_to_the_end or config.epochs is not None:
+        return names
+    return tuple(name for name in names if name != "max_updates")
 
 
 def run_folder(options: VisionOptions) -> str:
@@ -165,6 +186,12 @@ def run_folder(options: VisionOptions) -> str:
     return run.output_dir or f"runs/vision-{config.network.replace('/', '-')}-{data}-m{copies.ba_m}-seed{run.seed}"
 
 
+class _ListPresets(Action):
+    def __call__(self, parser: ArgumentParser, *args: Any) -> None:
+        print(presets_table())
+        parser.exit()
+
+
 def parse_config(argv: Sequence[str] | None = None) -> VisionOptions:
     """Options from the command line (`--ba-m` and `--ba_m` alike), over those of `--preset`.
 
@@ -172,6 +199,9 @@ def parse_config(argv: Sequence[str] | None = None) -> VisionOptions:
         UserError: a value out of range, an unknown preset, or one that needs data and has none.
     """
     parser, preset = training_parser(VisionConfig, PRESETS, argv, "Train an image classifier.")
+    parser.add_argument(
+        "--list-presets", action=_ListPresets, nargs=0, default=SUPPRESS, help="show the presets, and leave"
+    )
     parser.parse_known_options(argv)  # an unknown option is named first
     options = VisionOptions(*parser.parse_args_into_dataclasses(argv))
     if options.config.data is None and preset != "generated":

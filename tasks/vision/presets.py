@@ -24,6 +24,11 @@ _DENSENET = _CIFAR | {
     "network": "densenet100-12", "ba_m": 4, "batch_size": 64, "epochs": 300.0, "learning_rate": 0.1,
     "weight_decay": 1e-4, "decay_bias_and_norm": True, "lr_drops": [150.0, 225.0], "lr_factors": [0.1],
 }  # fmt: skip
+_CELLS = _CIFAR | {
+    "batch_size": 128, "ba_m": 8, "epochs": 600.0, "learning_rate": 0.025, "lr_decay": "cosine", "weight_decay": 3e-4,
+    "drop_path": 0.2,
+}  # fmt: skip
+_AMOEBANET = _CELLS | {"network": "amoebanet"}
 _IMAGENET: dict[str, Any] = {
     "max_updates": 10_000_000, "eval_every": 5_000, "save_every": 5_000,
     "image_size": 224, "crop_padding": 0, "random_resized_crop": True, "flip": True, "cutout": False, "ba_m": 4,
@@ -45,6 +50,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wrn28-10-cifar10": _WRN | {"ba_m": 6},
     "wrn28-10-cifar100": _WRN | {"ba_m": 10},
     "densenet100-12-cifar100": _DENSENET,
+    "darts-cifar10": _CELLS | {"network": "darts", "batch_size": 96},
+    "amoebanet-cifar10": _AMOEBANET,
+    # "without any modification to the LR schedule" (section 4.1): 14 epochs of 351 updates, of 600
+    "amoebanet-cifar10-14-epochs": _AMOEBANET | {"ba_m": 12, "max_updates": 4_914},
     # Table 3
     "resnet44-cifar10-mixup": _RESNET44 | {"ba_m": 10, "epochs": 200.0, "mixup_alpha": 0.2},
     "wrn28-10-cifar10-mixup": _WRN | {"ba_m": 10, "mixup_alpha": 0.2},
@@ -65,12 +74,51 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Top-1 accuracy in per cent: Tables 2 and 3 of Hoffer et al. 2020. Table 3 has no figure of fixed samples.
+PAPER: dict[str, tuple[str, str, str]] = {
+    "resnet44-cifar10": ("93.70", "93.80", "95.43"),
+    "vgg16-cifar10": ("93.82", "94.49", "95.32"),
+    "wrn28-10-cifar10": ("96.60", "96.60", "97.15"),
+    "darts-cifar10": ("97.65", "97.63", "97.85"),
+    "amoebanet-cifar10": ("98.16", "98.10", "98.24"),
+    "resnet44-cifar100": ("72.97", "70.30", "74.13"),
+    "vgg16-cifar100": ("73.03", "67.20", "75.50"),
+    "wrn28-10-cifar100": ("79.85", "80.12", "83.45"),
+    "densenet100-12-cifar100": ("77.73", "75.35", "78.80"),
+    "alexnet-imagenet": ("58.25", "57.60", "62.31"),
+    "mobilenet-imagenet": ("70.60", "69.50", "71.40"),
+    "resnet50-imagenet": ("76.30", "75.70", "76.86"),
+    "resnet44-cifar10-mixup": ("94.60", "-", "95.55"),
+    "wrn28-10-cifar10-mixup": ("97.30", "-", "97.80"),
+    "wrn28-10-cifar100-mixup": ("82.5", "-", "84.3"),
+    "resnet50-imagenet-mixup": ("76.70", "-", "77.04"),
+}
+
+
+def presets_table() -> str:
+    """The presets as lines of text: network, M, regime, and the paper's figures: fixed steps, fixed samples, BA."""
+    rows = [("preset", "network", "M", "regime", "paper: fixed steps", "fixed samples", "BA")]
+    for name, preset in PRESETS.items():
+        epochs = f"{preset['epochs']:g} epochs, " if "epochs" in preset else ""
+        decay = preset.get("lr_decay", f"drops at {' '.join(f'{drop:g}' for drop in preset.get('lr_drops', ()))}")
+        regime = f"{epochs}B {preset.get('batch_size', 64)}, lr {preset.get('learning_rate', 0.1):g}, {decay}"
+        network, num_copies = preset.get("network", "resnet8"), preset.get("ba_m", 1)
+        rows.append((name, network, str(num_copies), regime, *PAPER.get(name, ("-",) * 3)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
 # The folder below $SEQBA_DATA that is taken where --data is not given.
 DATA = {
     "resnet44-cifar10": "cifar10",
     "resnet44-cifar10-23-epochs": "cifar10",
     "vgg16-cifar10": "cifar10",
     "wrn28-10-cifar10": "cifar10",
+    "darts-cifar10": "cifar10",
+    "amoebanet-cifar10": "cifar10",
+    "amoebanet-cifar10-14-epochs": "cifar10",
     "resnet44-cifar10-mixup": "cifar10",
     "wrn28-10-cifar10-mixup": "cifar10",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from seqba.audit.state import undisturbed
 from seqba.groups import CopyGroup
 from seqba.modules import GhostBatchNorm2d, convert_ghost_batch_norm
 from seqba.sampler import FixedBatchSampler
-from seqba.schedule import step_decay
+from seqba.schedule import cosine, step_decay
 from seqba.step import TrainStep, UpdateResult
 from seqba.transforms import Compose, Mixup
 from tasks.cli.errors import DataError, UserError, reason_of
@@ -29,13 +30,14 @@ from tasks.run.loop import Run, set_learning_rate
 from tasks.run.progress import Figures
 from tasks.run.stream import SAMPLE_IDS, BatchStream
 from tasks.vision.augment import Views, device_transform, why_not_on_device, worker_transform
-from tasks.vision.config import MAY_DIFFER_HERE, VisionConfig, VisionOptions, run_folder
+from tasks.vision.config import VisionConfig, VisionOptions, may_differ, run_folder
 from tasks.vision.contact_sheet import draw_contact_sheet
 from tasks.vision.data import ImageSplits, load_images
 from tasks.vision.evaluate import evaluate
 from tasks.vision.loss import VisionLoss, count_labels, summed_loss
 from tasks.vision.model_folder import Classifier, save_classifier
 from tasks.vision.networks import build_model, parameter_groups
+from tasks.vision.networks.cells import CellNetwork, set_drop_path
 from tasks.vision.pipelines import Batch, DevicePipeline, Pipeline, WorkerPipeline
 
 logger = logging.getLogger(__name__)
@@ -92,8 +94,10 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         )
     stream = make_stream(options, accelerator, pipeline, group)
     epoch = len(stream.sampler) // options.run.accumulation  # updates
+    end = options.run.max_updates  # where rate and drop path come to, though the run may stop before
     if config.epochs is not None:
-        options = options.changed(max_updates=min(options.run.max_updates, max(1, round(config.epochs * epoch))))
+        end = max(1, round(config.epochs * epoch))
+        options = options.changed(max_updates=min(options.run.max_updates, end))
     model = build(config, len(images.classes), options.run.seed, copies.ba_m)
     loss_model = VisionLoss(model, config.label_smoothing)
     sgd = torch.optim.SGD(
@@ -113,7 +117,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         options.as_json(),
         group=group,
         figures=FIGURES,
-        may_differ=MAY_DIFFER_HERE,
+        may_differ=may_differ(config),
     )
     step = TrainStep(
         accelerator,
@@ -130,7 +134,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         noise_every=copies.noise_every,
         take_copies=pipeline.take_copies,
     )
-    rate = learning_rate(config, epoch, copies.ba_m)
+    rate = learning_rate(config, epoch, copies.ba_m, end)
     _describe(options, accelerator, pipeline, epoch, rate(1))
     run.start_trackers("vision")
     run.attach(model, optimizer, data=SameData(images.fingerprint), stream=stream, step=step)
@@ -145,6 +149,8 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         batches = stream.take(options.run.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
         lr = set_learning_rate(optimizer, rate(update))
+        if config.drop_path:
+            set_drop_path(model, config.drop_path * update / end)
         if config.weight_decay_epochs is not None and update > config.weight_decay_epochs * epoch:
             for decayed in optimizer.param_groups:
                 decayed["weight_decay"] = 0.0
@@ -229,10 +235,12 @@ def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1
     """A network with new weights, equal on all ranks; the generators are seeded for the masks afterwards.
 
     Raises:
-        UserError: there is no such network, or no batch norm in it where blocks of it are asked for.
+        UserError: there is no such network, or no batch norm or drop path in it where these are asked for.
     """
     torch.manual_seed(seed)
     model = build_model(config.network, num_classes)
+    if config.drop_path and not isinstance(model, CellNetwork):
+        raise UserError(f"--drop-path {config.drop_path}: {config.network} has none, only darts and amoebanet have")
     if config.ghost_batch_size is not None:
         convert_ghost_batch_norm(model, config.ghost_batch_size or None)
         if config.ghost_batch_size and not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
@@ -268,8 +276,11 @@ def rehearse(config: VisionConfig, loss_model: VisionLoss, batch: Batch) -> None
         ) from error
 
 
-def learning_rate(config: VisionConfig, epoch: int, num_copies: int) -> Callable[[int], float]:
-    """The rate of each update: drops after epochs of `epoch` updates, and M to the power that is asked for."""
+def learning_rate(config: VisionConfig, epoch: int, num_copies: int, end: int) -> Callable[[int], float]:
+    """The rate of each update: drops after epochs of `epoch` updates or a cosine to `end`; M to the power asked for."""
+    base, warmup = config.learning_rate * num_copies**config.lr_power, round(config.warmup_epochs * epoch)
+    if config.lr_decay == "cosine":
+        return partial(cosine, peak_lr=base, warmup_updates=warmup, total_updates=end)
     boundaries = [max(1, round(drop * epoch)) for drop in config.lr_drops]
     if len(set(boundaries)) < len(boundaries):
         raise UserError(
@@ -278,10 +289,10 @@ def learning_rate(config: VisionConfig, epoch: int, num_copies: int) -> Callable
     factors = config.lr_factors if len(config.lr_factors) > 1 else config.lr_factors * len(config.lr_drops)
     return lambda update: step_decay(
         update,
-        base_lr=config.learning_rate * num_copies**config.lr_power,
+        base_lr=base,
         boundaries=boundaries,
         factor=factors,
-        warmup_updates=round(config.warmup_epochs * epoch),
+        warmup_updates=warmup,
     )
 
 
