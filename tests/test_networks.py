@@ -1,14 +1,25 @@
 """Image classifiers: their sizes, what they compute, and how they are named."""
 
+import math
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 
+from seqba import TrainStep, repeat_batch
+from seqba.modules import convert_ghost_batch_norm
 from tasks.cli.errors import UserError
 from tasks.vision import build_model
+from tasks.vision.config import parse_config
+from tasks.vision.loss import VisionLoss
 from tasks.vision.networks import parameter_groups
+from tasks.vision.networks.amoebanet import amoebanet
 from tasks.vision.networks.resnet_cifar import BasicBlock
+from tasks.vision.presets import DATA, PRESETS
+from tasks.vision.train import training
 
 
 def count(model):
@@ -132,3 +143,42 @@ def test_one_class_is_refused_and_timm_is_asked_for_where_it_is_missing(monkeypa
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match="timm/resnet18 needs timm: python -m pip install timm"):
         build_model("timm/resnet18", 10)
+
+
+def test_every_plan_gives_a_cell_network_without_drop_path_the_same_gradient():
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(4, 3, 32, 32, generator=generator).double(), torch.arange(4)
+    gradients = []
+    for copies_per_pass in (1, 2, 3):
+        torch.manual_seed(0)
+        model = convert_ghost_batch_norm(amoebanet(10, width=4, num_cells=3), None).double().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        found = []
+        optimizer.step = lambda model=model, found=found: found.extend(p.grad.clone() for p in model.parameters())
+        step = TrainStep(
+            Accelerator(cpu=True),
+            model,
+            optimizer,
+            loss_fn=lambda net, rows: VisionLoss(net)(rows)[0],
+            count_fn=lambda batch: len(batch["labels"]),
+            num_copies=3,
+            copies_per_pass=copies_per_pass,
+            take_copies=lambda batch, copies: repeat_batch(batch, len(copies)),
+        )
+        step([{"images": images, "labels": labels}], update=1)
+        gradients.append(found)
+    assert all(len(found) for found in gradients)
+    for found in gradients[1:]:
+        for got, want in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SEQBA_DATA" not in os.environ, reason="SEQBA_DATA names no folder of data sets")
+@pytest.mark.parametrize("preset", sorted(name for name in PRESETS if name in DATA))
+def test_every_preset_of_cifar_10_does_five_updates_with_a_finite_loss(preset, tmp_path):
+    few = "--batch-size 4 --ba-m 2 --train-images 40 --valid-images 10 --max-updates 9 --eval-every 100 --num-workers 0"
+    options = parse_config(["--preset", preset, *few.split(), "--cpu", "--output-dir", str(tmp_path)])
+    updates = training(options)
+    losses = [float(next(updates)[0].loss) for _ in range(5)]
+    assert all(map(math.isfinite, losses))
