@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from seqba import TrainStep, repeat_batch
+from seqba import TrainStep
 from seqba.modules import convert_ghost_batch_norm
 from tasks.cli.errors import UserError
 from tasks.vision import build_model
@@ -148,6 +148,7 @@ def test_one_class_is_refused_and_timm_is_asked_for_where_it_is_missing(monkeypa
 def test_every_plan_gives_a_cell_network_without_drop_path_the_same_gradient():
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(4, 3, 32, 32, generator=generator).double(), torch.arange(4)
+    noise = torch.randn(3, 4, 3, 32, 32, generator=generator).double()
     gradients = []
     for copies_per_pass in (1, 2, 3):
         torch.manual_seed(0)
@@ -163,14 +164,17 @@ def test_every_plan_gives_a_cell_network_without_drop_path_the_same_gradient():
             count_fn=lambda batch: len(batch["labels"]),
             num_copies=3,
             copies_per_pass=copies_per_pass,
-            take_copies=lambda batch, copies: repeat_batch(batch, len(copies)),
+            take_copies=lambda batch, copies: {
+                "images": torch.cat([batch["images"] + noise[copy] for copy in copies]),
+                "labels": batch["labels"].repeat(len(copies)),
+            },
         )
         step([{"images": images, "labels": labels}], update=1)
         gradients.append(found)
     assert all(len(found) for found in gradients)
     for found in gradients[1:]:
         for got, want in zip(found, gradients[0], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
