@@ -36,6 +36,7 @@ from tasks.vision.model_folder import Classifier, save_classifier
 from tasks.vision.networks import build_model
 from tasks.vision.networks.amoebanet import amoebanet
 from tasks.vision.networks.cells import set_drop_path
+from tasks.vision.networks.manifold_mixup import mixing_layer, mixing_layers
 from tasks.vision.pipelines import DevicePipeline, WorkerPipeline
 from tasks.vision.presets import PRESETS
 
@@ -138,13 +139,14 @@ def test_data_rates_and_cadence_do_not_move_with_m(tmp_path):
 
 @pytest.mark.trap(12)
 @pytest.mark.trap(16)
-@pytest.mark.parametrize("plan", [1, 2])
+@pytest.mark.parametrize(("plan", "manifold"), [(1, False), (2, True)])
 @pytest.mark.parametrize("pipeline", ["device", "workers"])
-def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, pipeline, tmp_path):
+def test_no_plan_changes_a_run_whose_batch_norm_knows_the_copies(plan, manifold, pipeline, tmp_path):
     options = {
         "ba_m": 3,
         "pipeline": pipeline,
         "mixup_alpha": 0.3,
+        "manifold_mixup": manifold,
         "max_updates": 2,
         "save_every": 2,
         "ghost_batch_size": 0,
@@ -215,6 +217,7 @@ class Killed(BaseException):
     [
         {"pipeline": "device"},
         {"pipeline": "workers", "auto_augment": "trivialaugment", "mixup_alpha": 0.2},
+        {"mixup_alpha": 0.5, "manifold_mixup": True},
         {"pipeline": "workers", "num_workers": 2, "accumulation": 2},
         {
             "network": "torchvision/squeezenet1_1",
@@ -247,7 +250,8 @@ def test_every_option_of_training_reaches_it(tmp_path):
     changes = [
         {}, {"network": "resnet14"}, {"ghost_batch_size": 3}, {"image_size": 40}, {"crop_padding": 2}, {"flip": False},
         {"crop_padding": 0, "random_resized_crop": True, "image_size": 32}, {"auto_augment": "randaugment"},
-        {"cutout": False}, {"cutout_size": 4}, {"mixup_alpha": 0.2}, {"batch_size": 5}, {"learning_rate": 0.1},
+        {"cutout": False}, {"cutout_size": 4}, {"mixup_alpha": 0.2}, {"mixup_alpha": 0.2, "manifold_mixup": True},
+        {"batch_size": 5}, {"learning_rate": 0.1},
         {"lr_power": 0.5}, {"warmup_epochs": 1.0}, {"momentum": 0.5}, {"weight_decay": 0.1},
         {"weight_decay": 0.1, "decay_bias_and_norm": True}, {"label_smoothing": 0.1}, {"ba_m": 3}, {"seed": 1},
         {"train_images": 30}, {"corpus_seed": 1}, {"accumulation": 2}, {"max_norm": 0.01}, {"lr_drops": [0.1]},
@@ -470,6 +474,46 @@ def test_drop_path_grows_to_its_end_and_keeps_the_mean_and_parts_the_images(tmp_
     set_drop_path(model, 0.4)
     audit = audit_masks(model, {"images": torch.randn(4, 3, 32, 32)}, forward=lambda net, rows: net(rows["images"])[0])
     assert audit.copies_differ
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_manifold_mixup_mixes_in_front_of_a_layer_with_another_sample_of_the_same_copy(layer):
+    pipeline, _, _ = pipelines(mixup_alpha=0.5, ba_m=3)
+    batch = pipeline.first(4, epoch=0) | {"layer": layer}
+    rows = pipeline.take_copies(batch, (0, 2))
+    partners, shares = rows["partners"], rows["proportions"]
+    assert (partners // 4).tolist() == [0] * 4 + [1] * 4
+    assert bool((partners != torch.arange(8)).all())
+    assert len(set(shares.tolist())) == 2
+    plain = pipeline.take_copies(pipeline.first(4, epoch=0), (0, 2))
+    assert torch.equal(plain["partner_labels"], rows["partner_labels"])
+    assert torch.equal(plain["proportions"], rows["proportions"])
+    model = build_model("resnet8", 10).eval()
+    part = torch.nn.Sequential(model.conv1, model.bn1, torch.nn.ReLU(), *model.blocks[:layer])
+    rest = torch.nn.Sequential(*model.blocks[layer:])
+    hidden = part(rows["images"]) if layer else rows["images"]
+    share = shares.view(-1, 1, 1, 1)
+    mixed = share * hidden + (1 - share) * hidden[partners]
+    logits = model.fc(rest(mixed if layer else part(mixed)).mean((2, 3)))
+    own, other = (
+        F.cross_entropy(logits, labels, reduction="none") for labels in (rows["labels"], rows["labels"][partners])
+    )
+    want = (shares * own + (1 - shares) * other).sum()
+    loss_model = VisionLoss(model, 0.0, mixing_layers(model, "resnet8"))
+    torch.testing.assert_close(loss_model(rows)[0], want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(rows["images"]), logits)  # the hook is gone
+
+
+def test_manifold_mixup_has_one_layer_an_update_each_as_often_and_residual_networks_alone():
+    drawn = [mixing_layer(3, update, 3) for update in range(1, 3_001)]
+    assert drawn == [mixing_layer(3, update, 3) for update in range(1, 3_001)]
+    assert all(900 < drawn.count(layer) < 1_100 for layer in range(3))
+    for name in ("resnet8", "wrn10-1", "torchvision/resnet18"):
+        assert len(mixing_layers(build_model(name, 10), name)) == 3
+    with pytest.raises(UserError, match="--manifold-mixup: vgg16-cifar is no residual network"):
+        mixing_layers(build_model("vgg16-cifar", 10), "vgg16-cifar")
+    with pytest.raises(UserError, match="--manifold-mixup needs --mixup-alpha above 0"):
+        parse_config(["--manifold-mixup"])
 
 
 def test_a_schedule_to_the_end_holds_the_end_of_a_resumed_run():

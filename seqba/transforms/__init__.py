@@ -12,3 +12,4 @@ from seqba.transforms.cutout import Cutout as Cutout
 from seqba.transforms.each import EachImage as EachImage
 from seqba.transforms.flip import RandomHorizontalFlip as RandomHorizontalFlip
 from seqba.transforms.mixup import Mixup as Mixup
+from seqba.transforms.mixup import mix_rows as mix_rows

@@ -6,7 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqba.repeat import fold, unfold
+from seqba.repeat import unfold
+
+
+def mix_rows(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """l * x_n + (1 - l) * x_k for each row n of x (rows, ...), its partner k (rows,) and its share l (rows,)."""
+    return torch.lerp(x[partners], x, shares.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
 
 
 class Mixup:
@@ -46,17 +51,28 @@ class Mixup:
         Raises:
             ValueError: a batch of one sample has no partner; rows that are no multiple of the copies.
         """
-        own = unfold(images, len(copies))
-        size = own.shape[1]
+        size = unfold(images, len(copies)).shape[1]
+        partners, shares = self.draw(size, copies, key)
+        partners, shares = partners.to(images.device), shares.to(images)
+        return mix_rows(images, partners, shares), labels[partners], shares
+
+    def draw(
+        self, size: int, copies: tuple[int, ...] = (0,), key: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each row's partner, a row of its copy, (K*B,), and the share l of the row itself, (K*B,), on the CPU.
+
+        Args:
+            size: B.
+            copies, key: as of a call.
+
+        Raises:
+            ValueError: a batch of one sample has no partner.
+        """
         if size < 2:
             raise ValueError(f"mixup needs at least 2 samples in a batch, got {size}")
         draws = [self._draw(size, None if key is None else (*key, copy)) for copy in copies]
-        partners = torch.stack([ring for ring, _ in draws]).to(images.device)
-        shares = torch.tensor([share for _, share in draws], dtype=images.dtype, device=images.device)
-        rows = torch.arange(len(copies), device=images.device)[:, None]
-        weight = shares.view(-1, *[1] * (own.ndim - 1))
-        mixed = torch.lerp(own[rows, partners], own, weight)
-        return fold(mixed), fold(unfold(labels, len(copies))[rows, partners]), shares.repeat_interleave(size)
+        partners = torch.cat([ring + size * i for i, (ring, _) in enumerate(draws)])
+        return partners, torch.tensor([share for _, share in draws]).repeat_interleave(size)
 
     def _draw(self, size: int, key: tuple[int, ...] | None) -> tuple[Tensor, float]:
         """Each sample's partner, (B,), and the proportion."""

@@ -77,6 +77,9 @@ class VisionConfig:
     cutout: bool = option(True, "Cutout: hide a square at a random place")
     cutout_size: int = option(16, "side of Cutout's square, in pixels")
     mixup_alpha: float = option(0.0, "mixup with proportions from Beta(a, a), drawn for each copy; 0 switches this off")
+    manifold_mixup: bool = option(
+        False, "with --mixup-alpha: mix the images, or what goes into the second or third stage of a ResNet, by chance"
+    )
     pipeline: str = option(
         "auto",
         "where T runs: device, on whole batches of a data set that lies there as one tensor (crop with padding, flip "
@@ -142,6 +145,10 @@ class VisionConfig:
             raise UserError(
                 "--mixup-alpha mixes each image with another one of its batch: --batch-size must be at least 2"
             )
+        if self.manifold_mixup and not self.mixup_alpha:
+            raise UserError("--manifold-mixup needs --mixup-alpha above 0")
+        if self.manifold_mixup and self.compile:
+            raise UserError("--manifold-mixup moves from layer to layer, which --compile does not see; drop one")
         if self.crop_padding and self.random_resized_crop:
             raise UserError("--crop-padding and --random-resized-crop are two ways to crop; switch one of them off")
         if self.random_resized_crop and self.image_size is None:
@@ -162,7 +169,7 @@ class VisionConfig:
             "flip": self.flip,
             self.auto_augment: self.auto_augment != "none",
             f"Cutout {self.cutout_size}": self.cutout,
-            f"mixup {self.mixup_alpha}": self.mixup_alpha > 0,
+            f"{'manifold ' * self.manifold_mixup}mixup {self.mixup_alpha}": self.mixup_alpha > 0,
         }
         return ", ".join(part for part, is_on in parts.items() if is_on) or "the network's own dropout alone"
 

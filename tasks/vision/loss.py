@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqba.transforms import mix_rows
 from tasks.vision.pipelines import Batch
 
 _AUXILIARY_WEIGHT = 0.4  # of an auxiliary classifier's loss (Liu et al. 2019, "DARTS", appendix A)
@@ -18,26 +22,43 @@ class VisionLoss(nn.Module):
         model: images (rows, C, H, W) -> logits (rows, classes); in training mode it may give two, the second of an
             auxiliary classifier, whose loss is added with weight 0.4.
         label_smoothing: probability spread over all classes, in training mode only.
+        mixing_layers: of the model, in front of which manifold mixup may mix.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixing_layers: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model, self.label_smoothing, self.mixing_layers = model, label_smoothing, tuple(mixing_layers)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed nats, 0-dim, in float32, and how many images have their label first.
 
         Args:
             batch: `images`, `labels` (rows,), and under mixup `partner_labels` (rows,) and `proportions` (rows,): a
-                row's share of its own label.
+                row's share of its own label; under manifold mixup `partners` (rows,) and `layer`, an index of
+                `mixing_layers`.
         """
-        logits, auxiliary = self.model(batch["images"]), None
+        with self._mixing(batch):
+            logits, auxiliary = self.model(batch["images"]), None
         if isinstance(logits, tuple):
             logits, auxiliary = logits
         nats = self._nats(logits, batch)
         if auxiliary is not None:
             nats = nats + _AUXILIARY_WEIGHT * self._nats(auxiliary, batch)
         return nats, (logits.argmax(1) == batch["labels"]).sum()
+
+    @contextmanager
+    def _mixing(self, batch: Batch) -> Iterator[None]:
+        """Inside, what goes into the batch's layer is mixed (Verma et al. 2019, "Manifold Mixup", section 2)."""
+        if "layer" not in batch:
+            yield
+            return
+        hook = self.mixing_layers[batch["layer"]].register_forward_pre_hook(
+            lambda _, inputs: (mix_rows(inputs[0], batch["partners"], batch["proportions"]), *inputs[1:])
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _nats(self, logits: Tensor, batch: Batch) -> Tensor:
         """Summed nats of logits (rows, classes)."""

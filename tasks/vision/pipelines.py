@@ -56,10 +56,18 @@ class Pipeline:
         raise NotImplementedError
 
     def take_copies(self, batch: Batch, copies: tuple[int, ...]) -> Batch:
-        """The rows of a pass, copy-major: `images` and `labels`, and what mixup adds."""
+        """The rows of a pass, copy-major: `images` and `labels`, and what mixup adds.
+
+        A batch with a `layer` keeps its images: they are mixed in front of that layer, by `VisionLoss`.
+        """
         images, labels = self.transformed(batch, copies), batch["labels"].repeat(len(copies))
         if self.mixup is None:
             return {"images": images, "labels": labels}
+        if "layer" in batch:
+            partners, shares = self.mixup.draw(len(batch["labels"]), copies, batch["first_key"])
+            partners, shares = partners.to(labels.device), shares.to(images)
+            mixing = {"partner_labels": labels[partners], "proportions": shares, "partners": partners}
+            return {"images": images, "labels": labels, **mixing, "layer": batch["layer"]}
         mixed, partner_labels, proportions = self.mixup(images, labels, copies, batch["first_key"])
         return {"images": mixed, "labels": labels, "partner_labels": partner_labels, "proportions": proportions}
 

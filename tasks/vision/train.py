@@ -38,6 +38,7 @@ from tasks.vision.loss import VisionLoss, count_labels, summed_loss
 from tasks.vision.model_folder import Classifier, save_classifier
 from tasks.vision.networks import build_model, parameter_groups
 from tasks.vision.networks.cells import CellNetwork, set_drop_path
+from tasks.vision.networks.manifold_mixup import mixing_layer, mixing_layers
 from tasks.vision.pipelines import Batch, DevicePipeline, Pipeline, WorkerPipeline
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
         end = max(1, round(config.epochs * epoch))
         options = options.changed(max_updates=min(options.run.max_updates, end))
     model = build(config, len(images.classes), options.run.seed, copies.ba_m)
-    loss_model = VisionLoss(model, config.label_smoothing)
+    layers = mixing_layers(model, config.network) if config.manifold_mixup else []
+    loss_model = VisionLoss(model, config.label_smoothing, layers)
     sgd = torch.optim.SGD(
         parameter_groups(loss_model, config.weight_decay, config.decay_bias_and_norm),
         lr=config.learning_rate,
@@ -148,6 +150,9 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     for update in run.updates():
         batches = stream.take(options.run.accumulation)
         sample_ids = [n for batch in batches for n in batch.pop(SAMPLE_IDS).tolist()]
+        if layers:
+            for batch in batches:
+                batch["layer"] = mixing_layer(options.run.seed, update, len(layers))
         lr = set_learning_rate(optimizer, rate(update))
         if config.drop_path:
             set_drop_path(model, config.drop_path * update / end)
