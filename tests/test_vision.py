@@ -462,7 +462,7 @@ def test_drop_path_grows_to_its_end_and_keeps_the_mean_and_parts_the_images(tmp_
     options = TINY.changed(max_updates=4, epochs=None, drop_path=0.4, lr_decay="cosine", output_dir=str(tmp_path))
     monkeypatch.setattr(vision, "build_model", lambda name, classes: amoebanet(classes, width=4, num_cells=3))
     vision.train(options)
-    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert seen == pytest.approx([0.4, 0.1, 0.2, 0.3, 0.4])  # first the whole, for the audit
     rates = [row["lr"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
     drop = StochasticDepth(0.4, "row")
@@ -474,6 +474,21 @@ def test_drop_path_grows_to_its_end_and_keeps_the_mean_and_parts_the_images(tmp_
     set_drop_path(model, 0.4)
     audit = audit_masks(model, {"images": torch.randn(4, 3, 32, 32)}, forward=lambda net, rows: net(rows["images"])[0])
     assert audit.copies_differ
+
+
+@pytest.mark.trap(26)
+def test_no_plan_changes_a_run_with_drop_path_when_its_copies_have_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "build_model", lambda name, classes: amoebanet(classes, width=4, num_cells=3))
+    options = STILL | {"max_updates": 2, "save_every": 2, "ghost_batch_size": 0, "drop_path": 0.6, "ba_m": 3}
+    fused, apart, other = (
+        run(tmp_path / name, reproducible_copies=True, **options, **more)
+        for name, more in (("fused", {}), ("apart", {"copies_per_pass": 1}), ("other", {"copies_per_pass": 2}))
+    )
+    assert_same_weights(fused, apart, update=2, rtol=1e-3, atol=1e-4)
+    assert_same_weights(fused, other, update=2, rtol=1e-3, atol=1e-4)
+    without = run(tmp_path / "without", **options | {"drop_path": 0.0, "allow_identical_copies": True})
+    with pytest.raises(AssertionError):
+        assert_same_weights(fused, without, update=2, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -244,8 +244,10 @@ def build(config: VisionConfig, num_classes: int, seed: int, num_copies: int = 1
     """
     torch.manual_seed(seed)
     model = build_model(config.network, num_classes)
-    if config.drop_path and not isinstance(model, CellNetwork):
-        raise UserError(f"--drop-path {config.drop_path}: {config.network} has none, only darts and amoebanet have")
+    if config.drop_path:
+        if not isinstance(model, CellNetwork):
+            raise UserError(f"--drop-path {config.drop_path}: {config.network} has none, only darts and amoebanet have")
+        set_drop_path(model, config.drop_path)  # for the audit of its copies; the loop sets each update's
     if config.ghost_batch_size is not None:
         convert_ghost_batch_norm(model, config.ghost_batch_size or None)
         if config.ghost_batch_size and not any(isinstance(x, GhostBatchNorm2d) for x in model.modules()):
