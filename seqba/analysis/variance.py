@@ -13,10 +13,11 @@ variance that Hoffer et al. 2020, sections 2.1 and 3, speak of; the split is tha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from seqba.analysis.student import student_quantile
 
 Interval = tuple[float, float]
 _LEAST_FOR_INTERVAL = 4
@@ -135,19 +136,3 @@ def _jackknife(estimate: float, without_one: Sequence[float], confidence: float)
     if count < _LEAST_FOR_INTERVAL:
         return -math.inf, math.inf
     return mean_interval([count * estimate - (count - 1) * one for one in without_one], confidence)
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t for at least 3 degrees of freedom, to about 1 % (Abramowitz and Stegun 1964, 26.7.5).
-
-    >>> round(student_quantile(0.975, 10), 2)
-    2.23
-    """
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
