@@ -68,6 +68,12 @@ class CopyGroup:
         return tuple(range(first, first + each))
 
     @property
+    def pair(self) -> tuple[int, int]:
+        """Two copies to look at: the first of this rank's, and where it has one alone, another rank's."""
+        first = self.copies[0]
+        return first, self.copies[1] if len(self.copies) > 1 else (first + 1) % max(2, self.num_copies)
+
+    @property
     def counts_samples(self) -> bool:
         """Whether this rank is the one of its group that counts samples, so that each is counted once."""
         return self.rank % self.ranks_per_group == 0

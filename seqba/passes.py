@@ -217,12 +217,11 @@ class PassLoop:
     def _measure(self, one: Pass, batch: Any, model: nn.Module, loss_of: LossOfPass, update: int) -> None:
         copies, bare = self.plan.copies, self.accelerator.unwrap_model(model)
         assert self.copy_seed is not None
-        pair = copies[:2] if len(copies) > 1 else (copies[0], (copies[0] + 1) % self.group.num_copies)
         try:
             self._axes = measure_draws(
                 bare,
                 lambda rows: loss_of(bare, Pass(rows, one.batch, one.shard, is_last=False), batch),
-                (pair[0], pair[1]),
+                self.group.pair,
                 seed=self.copy_seed,
                 update=update,
                 shard=one.shard,

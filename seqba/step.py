@@ -222,8 +222,7 @@ class TrainStep:
 
     def _halves(self, batch: Any, update: int, scale: float) -> tuple[Tensor, Tensor]:
         """s_w^2 and s_b^2 of a batch."""
-        copies, model = self.group.copies, self.accelerator.unwrap_model(self.model)
-        pair = copies[:2] if len(copies) > 1 else (copies[0], (copies[0] + 1) % max(2, self.group.num_copies))
+        copies, pair, model = self.group.copies, self.group.pair, self.accelerator.unwrap_model(self.model)
 
         def loss_of(copy: int, rows: Tensor) -> Tensor:
             half = pick_rows(self.take_copies(batch, (copy,)), rows)
@@ -234,7 +233,7 @@ class TrainStep:
             model,
             loss_of,
             count_samples(batch) or 0,
-            copies=(pair[0], pair[1]),
+            copies=pair,
             states_of=[copy if copy in copies else copies[0] for copy in pair],
             seed=(self.copy_seed or 0, update, self.accelerator.process_index),
             scale=scale,

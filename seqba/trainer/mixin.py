@@ -322,8 +322,7 @@ class BatchAugmentationMixin(_TrainerBase):
         count = len(next(iter(inputs.values())))
         if update % self.ba_args.noise_every or run.packed or count < 2:
             return
-        copies, scale, put_back = run.loop.group.copies, self._ba_scale, snapshot(self)
-        pair = copies[:2] if len(copies) > 1 else (copies[0], copies[0] + 1)
+        scale, put_back = self._ba_scale, snapshot(self)
 
         def loss_of(copy: int, numbers: Tensor) -> Tensor:
             rows = pick_rows(self._ba_copies(inputs, (copy,), (self.args.seed, update, 0)), numbers)
@@ -332,7 +331,7 @@ class BatchAugmentationMixin(_TrainerBase):
             return loss * scale
 
         seed = (self.args.seed, update, self.accelerator.process_index)
-        within, between = noise_of_halves(bare, loss_of, count, copies=(pair[0], pair[1]), seed=seed, scale=scale)
+        within, between = noise_of_halves(bare, loss_of, count, copies=run.loop.group.pair, seed=seed, scale=scale)
         put_back()
         by_pass = run.loop.norms.is_on and len(run.loop.plan.passes) > 1
         self._ba_note(noise_between=between, noise_within=None if by_pass else within)

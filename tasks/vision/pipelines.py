@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from seqba.repeat import keys_of_rows
-from seqba.transforms import BatchTransform, Mixup
+from seqba.transforms import BatchTransform, Mixup, mix_rows
 from tasks.run.stream import SampleKey
 from tasks.vision.data.image_set import ImageSet
 
@@ -63,13 +63,12 @@ class Pipeline:
         images, labels = self.transformed(batch, copies), batch["labels"].repeat(len(copies))
         if self.mixup is None:
             return {"images": images, "labels": labels}
+        partners, shares = self.mixup.draw(len(batch["labels"]), copies, batch["first_key"])
+        partners, shares = partners.to(labels.device), shares.to(images)
+        rows = {"images": images, "labels": labels, "partner_labels": labels[partners], "proportions": shares}
         if "layer" in batch:
-            partners, shares = self.mixup.draw(len(batch["labels"]), copies, batch["first_key"])
-            partners, shares = partners.to(labels.device), shares.to(images)
-            mixing = {"partner_labels": labels[partners], "proportions": shares, "partners": partners}
-            return {"images": images, "labels": labels, **mixing, "layer": batch["layer"]}
-        mixed, partner_labels, proportions = self.mixup(images, labels, copies, batch["first_key"])
-        return {"images": mixed, "labels": labels, "partner_labels": partner_labels, "proportions": proportions}
+            return {**rows, "partners": partners, "layer": batch["layer"]}
+        return {**rows, "images": mix_rows(images, partners, shares)}
 
 
 class DevicePipeline(Pipeline):
