@@ -26,7 +26,6 @@ from tasks.vision import config as vision_config
 from tasks.vision import loss as vision_loss
 from tasks.vision import train as vision_train
 from tasks.vision.augment import Views
-from tasks.vision.data import load_images
 
 PLAIN = -1  # the view of an image without T
 
@@ -96,14 +95,7 @@ def _language(options: Any, accelerator: Accelerator) -> Subject:
 
 def _vision(options: Any, accelerator: Accelerator) -> Subject:
     config = options.config
-    images = load_images(
-        config.data,
-        seed=config.corpus_seed,
-        train_images=config.train_images,
-        valid_images=config.valid_images,
-        skip_corrupt=config.on_corrupt == "skip",
-        in_memory=config.image_size is None,
-    )
+    images = vision_train.load_splits(config)
     views, group = Views.of(config, images), options.group(accelerator)
     pipeline = vision_train.make_pipeline(options, accelerator, images, views, group.copies)
     model = vision_train.build(config, len(images.classes), options.run.seed).to(accelerator.device)

@@ -111,14 +111,4 @@ def presets_table() -> str:
 
 
 # The folder below $SEQBA_DATA that is taken where --data is not given.
-DATA = {
-    "resnet44-cifar10": "cifar10",
-    "resnet44-cifar10-23-epochs": "cifar10",
-    "vgg16-cifar10": "cifar10",
-    "wrn28-10-cifar10": "cifar10",
-    "darts-cifar10": "cifar10",
-    "amoebanet-cifar10": "cifar10",
-    "amoebanet-cifar10-14-epochs": "cifar10",
-    "resnet44-cifar10-mixup": "cifar10",
-    "wrn28-10-cifar10-mixup": "cifar10",
-}
+DATA = {name: "cifar10" for name in PRESETS if "cifar10" in name.split("-")}

@@ -76,14 +76,7 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     group = options.group(accelerator)
 
     # ---- data and model
-    images = load_images(
-        config.data,
-        seed=config.corpus_seed,
-        train_images=config.train_images,
-        valid_images=config.valid_images,
-        skip_corrupt=config.on_corrupt == "skip",
-        in_memory=config.image_size is None,
-    )
+    images = load_splits(config)
     for split, held in (("validation", images.valid), ("test", images.test)):
         held.refuse_damaged(split, options.run.num_workers)
     views = Views.of(config, images)
@@ -190,6 +183,18 @@ def training(options: VisionOptions) -> Iterator[tuple[UpdateResult, BatchStream
     run.finish(test)
     logger.info(f"test: {score}, {len(images.test):,} images, each seen once")
     logger.info(f"{run.folder}: model/, curve.png, transforms.png, results.json, metrics.jsonl")
+
+
+def load_splits(config: VisionConfig) -> ImageSplits:
+    """Read or draw the images; a `DataError` says what cannot be read."""
+    return load_images(
+        config.data,
+        seed=config.corpus_seed,
+        train_images=config.train_images,
+        valid_images=config.valid_images,
+        skip_corrupt=config.on_corrupt == "skip",
+        in_memory=config.image_size is None,
+    )
 
 
 def make_pipeline(
